@@ -1,0 +1,85 @@
+"""attention=adasplash: all keys in range, alpha-entmax: most weights are exactly zero."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.entmax_attention import entmax_attention
+from .backend import AttentionBackend, Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaSplashOptions(Options):
+    """Args:
+    alpha: 1 < alpha <= 2; larger is sparser (1.5 is entmax, 2 sparsemax).
+    learn_alpha: one alpha per head, trained from `alpha` on (Correia, Niculae and Martins 2019).
+    alpha_start: where given, alpha goes linearly from here to `alpha` over the first `alpha_steps` steps
+        (AdaSplash, section 4: 1.01 to 1.5 when continuing from a softmax model).
+    alpha_steps: length of that schedule in training steps.
+    """
+
+    alpha: float = 1.5
+    learn_alpha: bool = False
+    alpha_start: float | None = None
+    alpha_steps: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("alpha", "alpha_start"):
+            value = getattr(self, name)
+            if value is not None and not 1.0 < value <= 2.0:
+                raise ValueError(f"Expected 1 < {name} <= 2, got {name} = {value:g}; for softmax use attention=flash.")
+        if self.alpha_start is not None and self.alpha_steps < 1:
+            raise ValueError(f"alpha_start needs alpha_steps of at least 1, got {self.alpha_steps}.")
+        if self.alpha_start is None and self.alpha_steps:
+            raise ValueError(f"alpha_steps = {self.alpha_steps} needs an alpha_start to go from.")
+        if self.learn_alpha and self.alpha_start is not None:
+            raise ValueError("learn_alpha and alpha_start exclude each other: alpha is either learned or scheduled.")
+        if self.learn_alpha and self.alpha == 2.0:
+            raise ValueError("learn_alpha keeps alpha strictly between 1 and 2; start it below 2.")
+
+
+class AdaSplash(AttentionBackend):
+    name = "adasplash"
+    Options = AdaSplashOptions
+
+    def __init__(self, options, *, heads, key_heads, head_dim):
+        super().__init__(options, heads=heads, key_heads=key_heads, head_dim=head_dim)
+        start = options.alpha if options.alpha_start is None else options.alpha_start
+        # Saved with the weights: it tells what the model was trained with, and where plain transformers loads such a
+        # checkpoint, an unexpected key makes it say so.
+        self.register_buffer("alpha", torch.tensor(start))
+        self.alpha_logit = None
+        if options.learn_alpha:  # alpha = 1 + sigmoid(logit)
+            logit = math.log((options.alpha - 1.0) / (2.0 - options.alpha))
+            self.alpha_logit = nn.Parameter(torch.full((heads,), logit))
+        self.scheduled = options.alpha_start is not None
+
+    def set_step(self, step: int) -> None:
+        options = self.options
+        if options.alpha_start is not None:
+            share = min(1.0, step / options.alpha_steps)
+            self.alpha.fill_(options.alpha_start + share * (options.alpha - options.alpha_start))
+            self.scheduled = share < 1.0
+
+    def current_alpha(self) -> float | Tensor:
+        if self.alpha_logit is not None:
+            return 1.0 + torch.sigmoid(self.alpha_logit.float())
+        return self.alpha if self.scheduled else self.options.alpha
+
+    def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):
+        self.choose_implementation(q.device)
+        return entmax_attention(
+            q,
+            k,
+            v,
+            alpha=self.current_alpha(),
+            key_range=key_range,
+            causal=causal,
+            scale=scale,
+            alibi_slopes=self.slopes,
+        )

@@ -1,0 +1,157 @@
+"""A backend is one attention layer's way to weigh the keys that a query may see: a selection times a normaliser."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.checks import check_choice, nearest, resolve_key_range, resolve_scale
+from ..ops.key_range import KeyRange
+from ..ops.reorder import Reordering, take_rows
+from ..ops.support_statistics import SupportStatistics, support_statistics, visible_tiles
+from .alibi import ALIBI_KINDS, alibi_slopes
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+NORMALISERS = ("softmax", "entmax")
+
+_announced: set[str] = set()
+
+
+def announce(message: str) -> None:
+    """Says a thing once per process (a choice of implementation is never silent)."""
+    if message not in _announced:
+        _announced.add(message)
+        logging.getLogger("adasplash").warning(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every backend can be told.
+
+    Args:
+        implementation: auto | triton | reference. `auto` takes the fastest that runs here, and says which.
+        alibi: none | alibi | nape: linear biases on no head, on all, or on every second one (the others see no
+            position at all from attention).
+    """
+
+    implementation: str = "auto"
+    alibi: str = "none"
+
+    def __post_init__(self):
+        check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        check_choice("alibi", self.alibi, ALIBI_KINDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormaliserOptions(Options):
+    """For backends whose selection goes with either normaliser.
+
+    Args:
+        normaliser: softmax | entmax.
+        alpha: of entmax, 1 < alpha <= 2.
+    """
+
+    normaliser: str = "softmax"
+    alpha: float = 1.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("normaliser", self.normaliser, NORMALISERS)
+        if not 1.0 < self.alpha <= 2.0:
+            raise ValueError(f"Expected 1 < alpha <= 2, got alpha = {self.alpha:g}.")
+
+
+class AttentionBackend(nn.Module):
+    """One layer's attention, q (B, H, Tq, D), k and v (B, G, Tk, D) -> (B, H, Tq, D).
+
+    Subclasses set `name` and `Options`, and implement `forward`; those that select keys also `select`.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Options, *, heads: int, key_heads: int, head_dim: int):
+        super().__init__()
+        self.options, self.heads, self.key_heads, self.head_dim = options, heads, key_heads, head_dim
+        slopes = alibi_slopes(options.alibi, heads)
+        self.register_buffer("slopes", slopes, persistent=False)
+        self.recorded: list[SupportStatistics] | None = None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_range: KeyRange | None = None,
+        causal: bool = True,
+        scale: float | None = None,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def current_alpha(self) -> float | Tensor:
+        """Of the normaliser, now: 1 is softmax; a tensor () or (H,) where it is learned or scheduled."""
+        options = self.options
+        return options.alpha if getattr(options, "normaliser", "softmax") == "entmax" else 1.0
+
+    def select(self, q: Tensor, k: Tensor, key_range: KeyRange | None, causal: bool) -> Reordering | None:
+        """The new order and ranges of a selecting backend; None: all keys in range, in the order of the text."""
+        return None
+
+    def set_step(self, step: int) -> None:
+        """Tells the training step, for options that follow a schedule."""
+
+    def choose_implementation(self, device: torch.device) -> str:
+        """'triton' or 'reference', announced. Raises ValueError where triton is asked for and cannot run."""
+        reason = self.why_no_kernel(device)
+        if self.options.implementation == "triton" and reason:
+            raise ValueError(
+                f"implementation=triton cannot run attention={self.name}: {reason}. Use implementation=auto."
+            )
+        chosen = "reference" if reason or self.options.implementation == "reference" else "triton"
+        because = f" ({reason})" if reason and self.options.implementation == "auto" else ""
+        announce(f"attention={self.name}: implementation '{chosen}' on {device.type}{because}.")
+        return chosen
+
+    def why_no_kernel(self, device: torch.device) -> str | None:
+        """Why no Triton kernel of this backend can run there, or None where one can."""
+        return "there is no Triton kernel for it yet"
+
+    @torch.no_grad()
+    def statistics(self, q, k, *, key_range=None, causal=True, scale=None) -> SupportStatistics:
+        """Exact density and support of this layer on these inputs, per head; the meaning of `forward`, counted."""
+        visible = resolve_key_range(q, k, key_range, causal)
+        tiles = visible_tiles(visible, k.shape[2])
+        places = {}
+        if (reordering := self.select(q, k, key_range, causal)) is not None:
+            q, k = take_rows(q, reordering.query_order), take_rows(k, reordering.key_order)
+            visible = reordering.key_range
+            places = {"query_positions": reordering.query_order + (k.shape[2] - q.shape[2])}
+            places["key_positions"] = reordering.key_order
+        alpha = self.current_alpha()
+        if isinstance(alpha, Tensor) and alpha.ndim:
+            alpha = alpha.view(1, -1, 1, 1)
+        scale = resolve_scale(q, scale)
+        return support_statistics(
+            q, k, visible, alpha=alpha, scale=scale, alibi_slopes=self.slopes, tiles=tiles, **places
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {self.options}"
+
+
+def parse_options(backend: type[AttentionBackend], values: dict) -> Options:
+    """The backend's options from a plain mapping. Raises ValueError naming an unknown key, the valid and the nearest."""
+    fields = {field.name for field in dataclasses.fields(backend.Options)}
+    for key in values:
+        if key not in fields:
+            raise ValueError(
+                f"Unknown option '{key}' for attention={backend.name}; expected {', '.join(sorted(fields))}."
+                f"{nearest(key, fields)}"
+            )
+    return backend.Options(**values)

@@ -1,0 +1,14 @@
+"""attention=softmax: all keys in range, softmax, written out in torch. The reference the others are compared with."""
+
+from __future__ import annotations
+
+from ..ops.softmax_attention import softmax_attention
+from .backend import AttentionBackend
+
+
+class Softmax(AttentionBackend):
+    name = "softmax"
+
+    def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):
+        self.choose_implementation(q.device)
+        return softmax_attention(q, k, v, key_range=key_range, causal=causal, scale=scale, alibi_slopes=self.slopes)

@@ -1,0 +1,296 @@
+"""Language models: transformers' own, with a backend on their attention. Build, load, export, and their losses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .attention import Options
+from .attention.huggingface import SUBMODULE, attention_backends, configured_backend, patch_attention, register
+from .ops.checks import nearest
+from .ops.cross_entropy import summed_cross_entropy, token_cross_entropy
+from .ops.support_statistics import SupportStatistics
+
+VOCABULARY_MULTIPLE = 64  # matrix products with an odd vocabulary are several times slower on a GPU
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A transformers model by its type.
+
+    Args:
+        name: what the run is called after.
+        type: transformers' model_type (gpt2, llama, ...), of a causal language model.
+        config: keys of that type's configuration; vocabulary and longest sequence come from the data and `seq_len`.
+    """
+
+    name: str = "small"
+    type: str = "gpt2"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    end_token: int,
+    seq_len: int,
+    attention: str,
+    options: dict | None = None,
+    init_from: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model with the attention backend on every layer; float32, on the CPU.
+
+    Args:
+        vocab_size: of the tokenizer; a new model's vocabulary is padded to a multiple of 64.
+        init_from: folder of a transformers checkpoint to start from, instead of `config` and random weights.
+
+    Raises:
+        ValueError: for unknown types and keys, or a checkpoint that does not fit the tokenizer or seq_len.
+    """
+    if init_from is not None:
+        model = from_pretrained(init_from, attention, **(options or {}))
+        if model.config.vocab_size < vocab_size:
+            raise ValueError(
+                f"The tokenizer has {vocab_size} tokens, but the checkpoint {init_from} only {model.config.vocab_size}; "
+                "use the tokenizer that it was trained with."
+            )
+        check_length(model, seq_len)
+        return model
+    try:
+        defaults = AutoConfig.for_model(config.type)
+    except ValueError:
+        types = (
+            list(transformers.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+            if hasattr(transformers, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+            else []
+        )
+        raise ValueError(
+            f"transformers {transformers.__version__} knows no model type '{config.type}'.{nearest(config.type, types)}"
+        ) from None
+    known = set(defaults.to_dict()) | set(type(defaults).attribute_map)
+    for key in config.config:
+        if key not in known:
+            raise ValueError(f"model.config has no key '{key}' for type {config.type}.{nearest(key, known)}")
+    padded = -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    model_config = AutoConfig.for_model(
+        config.type,
+        **config.config,
+        vocab_size=padded,
+        bos_token_id=end_token,
+        eos_token_id=end_token,
+        use_cache=False,
+    )
+    model_config.max_position_embeddings = seq_len
+    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    _check_plain_head(model)
+    return patch_attention(model, attention, **(options or {}))
+
+
+def _check_plain_head(model: PreTrainedModel) -> None:
+    """The losses below apply the output embedding to the last hidden state, and nothing else."""
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(model.config, name, None) not in (None, 1.0, 1):
+            raise ValueError(
+                f"{type(model).__name__} scales or caps its logits ({name}), which training here does not."
+            )
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(f"{type(model).__name__} has a bias on its output layer, which training here does not apply.")
+
+
+# ---------------------------------------------------------------------------------------------------- load and export
+
+
+def from_pretrained(
+    path: str | Path, attention: str | None = None, *, dtype=torch.float32, **options
+) -> PreTrainedModel:
+    """A transformers checkpoint with its attention backend.
+
+    Args:
+        path: local folder (or a hub name, which downloads); an export of this package names its backend itself.
+        attention: another backend than the checkpoint's own; its options follow as keywords.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: if the folder holds no model, or weights are missing from it.
+    """
+    register()
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No transformers model at '{path}': expected a folder with config.json and model.safetensors ({error})."
+        ) from None
+    name, saved = configured_backend(config) or ("adasplash", None)
+    if attention is None or (attention == name and not options):
+        options = {} if saved is None else {k: v for k, v in vars(saved).items()} if not options else options
+        attention = name
+    architecture = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], AutoModelForCausalLM)
+    with _quiet():  # the backend's own tensors are unexpected to transformers; everything else is checked here
+        model, info = architecture.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    unexpected = [key for key in info["unexpected_keys"] if f".{SUBMODULE}." not in key]
+    if info["missing_keys"] or unexpected:
+        raise ValueError(
+            f"The weights at '{path}' do not fit {architecture.__name__}: "
+            f"missing {sorted(info['missing_keys'])[:3]}, unexpected {sorted(unexpected)[:3]}."
+        )
+    patch_attention(model, attention, **options)
+    if attention == name and saved is not None:
+        _load_backend_state(model, Path(path))
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _load_backend_state(model: PreTrainedModel, path: Path) -> None:
+    """Fills the backends' parameters and buffers from the checkpoint's safetensors files."""
+    wanted = {key: value for key, value in model.state_dict().items() if f".{SUBMODULE}." in key}
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else []:
+        with safe_open(file, framework="pt") as tensors:
+            for key in set(tensors.keys()) & set(wanted):
+                target = wanted.pop(key)
+                stored = tensors.get_tensor(key)
+                if stored.shape != target.shape:
+                    raise ValueError(
+                        f"'{key}' at '{path}' has shape {tuple(stored.shape)}, but these options need "
+                        f"{tuple(target.shape)}; load it with the options that it was trained with."
+                    )
+                target.copy_(stored)
+    if wanted:
+        raise ValueError(f"The attention's own weights are missing at '{path}', for example '{sorted(wanted)[0]}'.")
+
+
+def export(model: PreTrainedModel, folder: Path, tokenizer: dict[str, Any] | None = None) -> None:
+    """Writes a transformers folder: config.json (which names the backend), model.safetensors.
+
+    `from_pretrained` of this package reloads it with its backend. Plain transformers reloads the weights for its own
+    softmax; where the backend has state, it reports those keys as unexpected.
+    """
+    model.save_pretrained(folder)
+    name, options = configured_backend(model.config)
+    (folder / "README.md").write_text(
+        f"# {model.config.model_type} trained with attention={name}\n\n"
+        f"Load with `adasplash.from_pretrained(folder)`. Attention: `{options}`.\n"
+        "Loaded by plain transformers, the same weights run with softmax attention, which is another model.\n"
+        + (f"Tokenizer: `{tokenizer}`.\n" if tokenizer else "")
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Last hidden states (B, T, C) of tokens (B, T). position_ids, where given, mark packed documents."""
+    return model.base_model(
+        input_ids=input_ids, position_ids=position_ids, packed=position_ids is not None, use_cache=False
+    ).last_hidden_state
+
+
+def summed_loss(
+    model: PreTrainedModel, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """Sum of the token losses in nats, float32 scalar, differentiable; the logits never exist at once.
+
+    input_ids, targets (next tokens; -100 is not counted), position_ids: int64 (B, T).
+    """
+    hidden = hidden_states(model, input_ids, position_ids)
+    return summed_cross_entropy(hidden.flatten(0, 1), model.get_output_embeddings().weight, targets.flatten())
+
+
+@torch.no_grad()
+def token_losses(
+    model: PreTrainedModel, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """Loss of each target in nats, float32 (B, T), 0 where the target is -100; arguments as in `summed_loss`."""
+    hidden = hidden_states(model, input_ids, position_ids)
+    losses = token_cross_entropy(hidden.flatten(0, 1), model.get_output_embeddings().weight, targets.flatten())
+    return losses.view_as(targets)
+
+
+# -------------------------------------------------------------------------------------------------------------- facts
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """The number of learned positions; None for models without such a table (rotary positions, ALiBi)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in (
+            "wpe",
+            "position_embeddings",
+            "embed_positions",
+        ):
+            return module.num_embeddings
+    return None
+
+
+def check_length(model: PreTrainedModel, seq_len: int) -> None:
+    """Raises ValueError if the model has learned positions, and fewer than seq_len."""
+    longest = longest_sequence(model)
+    if longest is not None and seq_len > longest:
+        raise ValueError(
+            f"This model has {longest} learned positions, but seq_len is {seq_len}; "
+            f"use seq_len={longest}, train at that length, or take a model with rotary positions (model=llama-160m)."
+        )
+
+
+def training_flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
+    """Floating point operations per token, forward and backward, of a dense causal model (for MFU).
+
+    6 per weight of the matrix products (output layer included, embeddings not), and 6 T C per layer for attention:
+    a sparse backend's MFU is thus the dense-equivalent one.
+    """
+    config = model.config.get_text_config()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings)
+    head = model.get_output_embeddings().weight
+    weights += head.numel() if id(head) in embeddings else 0
+    return 6.0 * weights + 6.0 * config.num_hidden_layers * seq_len * config.hidden_size
+
+
+@torch.no_grad()
+def attention_statistics(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None):
+    """Exact density and support of every layer on these tokens (B, T): list of SupportStatistics, first layer first."""
+    backends = attention_backends(model)
+    for backend in backends:
+        backend.recorded = []
+    try:
+        hidden_states(model, input_ids, position_ids)
+        return [
+            SupportStatistics(*(torch.stack(parts).mean(0) for parts in zip(*backend.recorded, strict=True)))
+            for backend in backends
+        ]
+    finally:
+        for backend in backends:
+            backend.recorded = None
+
+
+__all__ = [
+    "ModelConfig",
+    "Options",
+    "attention_statistics",
+    "build_model",
+    "check_length",
+    "export",
+    "from_pretrained",
+    "hidden_states",
+    "longest_sequence",
+    "summed_loss",
+    "token_losses",
+    "training_flops_per_token",
+]

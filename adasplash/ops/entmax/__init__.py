@@ -1,0 +1,5 @@
+"""The entmax row transform."""
+
+from .reference import entmax
+
+__all__ = ["entmax"]

@@ -1,0 +1,5 @@
+"""Entmax attention."""
+
+from .reference import entmax_attention
+
+__all__ = ["entmax_attention"]

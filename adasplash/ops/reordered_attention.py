@@ -1,0 +1,170 @@
+"""Hash-sparse and QK-dropping attention: reorder, attend over ranges, restore (arXiv 2306.01160, sections 3.1, 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_alpha, check_attention_inputs, resolve_key_range, resolve_scale
+from .entmax_attention.reference import alpha_per_head
+from .key_range import KeyRange
+from .range_attention import range_attention
+from .reorder import Reordering, compact_kept, hash_buckets, restore_rows, sort_by_bucket, take_rows
+
+
+def _attend_reordered(q, k, v, reordering: Reordering, *, alpha, scale, alibi_slopes) -> Tensor:
+    query_length, key_length = q.shape[2], k.shape[2]
+    out = range_attention(
+        take_rows(q, reordering.query_order),
+        take_rows(k, reordering.key_order),
+        take_rows(v, reordering.key_order),
+        reordering.key_range,
+        alpha=alpha,
+        scale=scale,
+        alibi_slopes=alibi_slopes,
+        query_positions=reordering.query_order + (key_length - query_length),
+        key_positions=reordering.key_order,
+    )
+    return restore_rows(out, reordering.query_order)
+
+
+def random_directions(heads: int, dim: int, n_buckets: int, *, device=None) -> Tensor:
+    """Unit directions (heads, D, n_buckets / 2) from torch's random generator. Raises ValueError for odd n_buckets."""
+    if n_buckets < 2 or n_buckets % 2:
+        raise ValueError(f"Expected an even n_buckets of at least 2, got {n_buckets}.")
+    return torch.nn.functional.normalize(torch.randn(heads, dim, n_buckets // 2, device=device), dim=1)
+
+
+def hash_reordering(q, k, directions, key_range, *, causal, attend_self) -> Reordering:
+    """The order and ranges that `hash_sparse_attention` uses; arguments as there."""
+    visible = resolve_key_range(q, k, key_range, causal)
+    if not attend_self:
+        if not causal:
+            raise ValueError("attend_self=False needs causal=True: a range with a hole at the query is not one range.")
+        query_length, key_length = q.shape[2], k.shape[2]
+        before = torch.arange(query_length, device=q.device, dtype=torch.int32) + (key_length - query_length)
+        visible = KeyRange(visible.start, torch.minimum(visible.stop, before.clamp(min=0)))
+    if directions.ndim != 3 or directions.shape[:2] != (k.shape[1], q.shape[-1]):
+        raise ValueError(
+            f"Expected directions of shape ({k.shape[1]}, {q.shape[-1]}, n_buckets / 2), one set per key head, "
+            f"got {tuple(directions.shape)}."
+        )
+    ratio = q.shape[1] // k.shape[1]
+    query_buckets = hash_buckets(q, directions.repeat_interleave(ratio, 0))
+    return sort_by_bucket(query_buckets, hash_buckets(k, directions), visible)
+
+
+def hash_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    directions: Tensor,
+    shared_qk: bool = False,
+    attend_self: bool = True,
+    alpha: float | Tensor = 1.0,
+    key_range: KeyRange | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Attention between queries and keys that fall into the same bucket of a random hash.
+
+    Args:
+        q, k, v, key_range, causal, scale, alibi_slopes: as in `entmax_attention`.
+        directions: (G, D, n_buckets / 2) from `random_directions`; the bucket is the argmax of [x R, -x R].
+        shared_qk: the keys are the normalised queries, as in the paper; k is not used then.
+        attend_self: whether a query may see the key at its own place (the paper's training kernel: no). False needs
+            `causal`; a query alone in its bucket then outputs 0.
+        alpha: 1 is softmax, up to 2 entmax; a number or a tensor () or (H,).
+
+    Returns:
+        (B, H, Tq, D), q's dtype; 0 for a query whose bucket holds no visible key.
+
+    Raises:
+        ValueError: if arguments do not fit, or if shared_qk is asked with grouped heads or Tq != Tk.
+    """
+    if shared_qk:
+        if q.shape[:3] != k.shape[:3]:
+            raise ValueError(
+                f"shared_qk needs as many key heads and places as queries, got q {tuple(q.shape)} and k "
+                f"{tuple(k.shape)}; use shared_qk=False (and use_cache=False in generate)."
+            )
+        k = torch.nn.functional.normalize(q, dim=-1)
+    check_attention_inputs(q, k, v, alibi_slopes)
+    check_alpha(alpha)
+    reordering = hash_reordering(q, k, directions, key_range, causal=causal, attend_self=attend_self)
+    return _attend_reordered(
+        q,
+        k,
+        v,
+        reordering,
+        alpha=alpha_per_head(alpha, q.shape[1]),
+        scale=resolve_scale(q, scale),
+        alibi_slopes=alibi_slopes,
+    )
+
+
+def keep_mask(x: Tensor, drop: float, *, score: str = "random", per_head: bool = True) -> Tensor:
+    """Which rows of x (B, H, T, D) stay when a share `drop` goes; bool (B, H, T).
+
+    score "random": each row stays with probability 1 - drop, independently. score "norm": the share `drop` of rows with
+    the smallest norm goes. per_head False: one decision for all heads.
+
+    The choice by norm looks at the whole sequence, and so does not keep the future from the past: a training device.
+    """
+    norm = None if score == "random" else x.detach().float().norm(dim=-1)
+    shape = x.shape[:3] if per_head else (x.shape[0], 1, x.shape[2])
+    if score == "random":
+        kept = torch.rand(shape, device=x.device) >= drop
+    elif score == "norm":
+        norm = norm if per_head else norm.mean(1, keepdim=True)
+        kept = norm.argsort(dim=-1, stable=True).argsort(-1) >= round(drop * x.shape[2])
+    else:
+        raise ValueError(f"Unknown score '{score}' for dropping; expected random or norm.")
+    return kept.expand(x.shape[:3])
+
+
+def qk_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_kept: Tensor | None = None,
+    key_kept: Tensor | None = None,
+    alpha: float | Tensor = 1.0,
+    key_range: KeyRange | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Attention between kept queries and kept keys.
+
+    Args:
+        q, k, v, key_range, causal, scale, alibi_slopes: as in `entmax_attention`.
+        query_kept: bool (B, H, Tq); key_kept: bool (B, G, Tk); None keeps all. `keep_mask` draws them.
+        alpha: 1 is softmax, up to 2 entmax; a number or a tensor () or (H,).
+
+    Returns:
+        (B, H, Tq, D), q's dtype; 0 for dropped queries, and for queries with no kept key in their range.
+
+    Raises:
+        ValueError: if arguments do not fit.
+    """
+    check_attention_inputs(q, k, v, alibi_slopes)
+    check_alpha(alpha)
+    masks = []
+    for name, kept, x in (("query_kept", query_kept, q), ("key_kept", key_kept, k)):
+        kept = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if kept is None else kept
+        if kept.shape != x.shape[:3] or kept.dtype != torch.bool:
+            raise ValueError(f"Expected {name} bool {tuple(x.shape[:3])}, got {kept.dtype} {tuple(kept.shape)}.")
+        masks.append(kept)
+    return _attend_reordered(
+        q,
+        k,
+        v,
+        compact_kept(*masks, resolve_key_range(q, k, key_range, causal)),
+        alpha=alpha_per_head(alpha, q.shape[1]),
+        scale=resolve_scale(q, scale),
+        alibi_slopes=alibi_slopes,
+    )

@@ -1,0 +1,15 @@
+"""A training run: its configuration, its loop, what it writes."""
+
+from .config import TrainConfig, check_overrides, from_mapping
+from .loop import TrainingDiverged, train
+from .run_folder import read_config, read_summary
+
+__all__ = [
+    "TrainConfig",
+    "TrainingDiverged",
+    "check_overrides",
+    "from_mapping",
+    "read_config",
+    "read_summary",
+    "train",
+]

@@ -1,0 +1,259 @@
+"""The typed configuration of a training run. Entry points hand in plain mappings; below here, only these dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..attention import BACKENDS, backend_options
+from ..data import DataConfig, TokenizerConfig
+from ..models import ModelConfig
+from ..ops.checks import check_choice, nearest
+from .optimizer import OptimConfig
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which backend, and its options (see `python -m adasplash` and the backend's Options class)."""
+
+    name: str = "flash"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        backend_options(self.name, self.options)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """kind: none (one process) | ddp (one process per GPU, started by torchrun)."""
+
+    kind: str = "none"
+
+    def __post_init__(self):
+        check_choice("parallel", self.kind, ("none", "ddp"))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps between checkpoints (None: a tenth of the run); keep: how many of the newest stay."""
+
+    every: int | None = None
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """every: steps between validations (None: a fifth of the run); tokens: validation tokens used each time."""
+
+    every: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on. None means: chosen by the device, see `with_device_defaults`.
+
+    Args:
+        seq_len: tokens per sequence.
+        steps: optimiser steps.
+        batch_tokens: tokens per step, over all ranks and accumulated micro-batches; a multiple of seq_len.
+        micro_batch_tokens: tokens per forward pass of one rank, at least one sequence.
+        precision: auto | fp32 | bf16 (autocast).
+        compile: torch.compile; None: on a GPU.
+        activation_checkpointing: keep only each layer's input for the backward pass.
+        resume: auto (go on where this run stopped) | never (start anew, beside it) | folder of a run.
+        init_from: folder of a transformers checkpoint to start from.
+        wandb: off | offline | online.
+        max_nonfinite: training stops after so many skipped steps (non-finite loss or gradient) in a row.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seq_len: int | None = None
+    steps: int | None = None
+    batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool | None = None
+    activation_checkpointing: bool = False
+    run_dir: str | None = None
+    resume: str = "auto"
+    init_from: str | None = None
+    wandb: str = "off"
+    log_every: int = 10
+    max_nonfinite: int = 10
+
+    def __post_init__(self):
+        check_choice("device", self.device.split(":")[0], ("auto", "cpu", "cuda"))
+        check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        check_choice("wandb", self.wandb, ("off", "offline", "online"))
+        positive = ("seq_len", "steps", "batch_tokens", "micro_batch_tokens", "log_every", "max_nonfinite")
+        positive += ("checkpoint.every", "checkpoint.keep", "eval.every", "eval.tokens")
+        for name in positive:
+            value = self
+            for part in name.split("."):
+                value = getattr(value, part)
+            if value is not None and value < 1:
+                raise ValueError(f"Expected {name} of at least 1, got {value}.")
+        if self.seq_len and self.batch_tokens and self.batch_tokens % self.seq_len:
+            near = max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len
+            raise ValueError(
+                f"Expected batch_tokens as a multiple of seq_len = {self.seq_len}, got {self.batch_tokens}; "
+                f"the nearest is batch_tokens={near}."
+            )
+
+    def with_device_defaults(self, cuda: bool) -> TrainConfig:
+        """The same configuration with every None and auto decided, for a run with or without a GPU."""
+        seq_len = self.seq_len or (8192 if cuda else 512)
+        steps = self.steps or (1000 if cuda else 100)
+
+        def tokens(given: int | None, usual: int) -> int:
+            return given or max(seq_len, usual // seq_len * seq_len)
+
+        batch_tokens = tokens(self.batch_tokens, 131072 if cuda else 4096)
+        return dataclasses.replace(
+            self,
+            seq_len=seq_len,
+            steps=steps,
+            batch_tokens=batch_tokens,
+            micro_batch_tokens=tokens(self.micro_batch_tokens, 65536 if cuda else 4096),
+            precision=self.precision if self.precision != "auto" else ("bf16" if cuda else "fp32"),
+            compile=cuda if self.compile is None else self.compile,
+            checkpoint=dataclasses.replace(self.checkpoint, every=self.checkpoint.every or max(1, steps // 10)),
+            eval=dataclasses.replace(
+                self.eval,
+                every=self.eval.every or max(1, steps // 5),
+                tokens=tokens(self.eval.tokens, 1 << 20 if cuda else 1 << 15),
+            ),
+        )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain, as written to config.yaml; attention's options stand beside its name there."""
+        values = dataclasses.asdict(self)
+        values["attention"] = {"name": self.attention.name, **self.attention.options}
+        values["optim"]["betas"] = list(self.optim.betas)
+        return values
+
+    def run_name(self) -> str:
+        """The same for the same experiment, so that starting it again finds its run folder."""
+        values = self.to_mapping()
+        for key in ("run_dir", "resume", "wandb", "log_every", "device", "compile", "checkpoint", "parallel"):
+            values.pop(key)
+        values["data"].pop("cache_dir", None)
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+        return f"{self.model.name}-{self.attention.name}-{self.seq_len}-{digest}"
+
+
+def attention_config(values: dict[str, Any]) -> AttentionConfig:
+    """From {"name": ..., **options}, the form it has in configuration files."""
+    options = dict(values)
+    return AttentionConfig(options.pop("name", AttentionConfig.name), options)
+
+
+def from_mapping(cls: type, values: dict[str, Any], where: str = "") -> Any:
+    """A dataclass from a nested plain mapping, every key and type checked.
+
+    Raises:
+        ValueError: for an unknown key (with the nearest valid one) or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"Unknown configuration key '{where}{key}'.{nearest(key, fields)}")
+    return cls(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if hint is AttentionConfig:
+        return attention_config(value)
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value or {}, where + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
+        return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
+    if origin is list and isinstance(value, list | tuple):
+        return [_convert(arguments[0], v, where) for v in value]
+    if origin is dict and isinstance(value, dict):
+        return dict(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():  # 1e6
+        return int(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    expected = getattr(hint, "__name__", str(hint))
+    raise ValueError(f"Expected {where} of type {expected}, got {value!r}.")
+
+
+def valid_keys(cls: type, prefix: str = "") -> list[str]:
+    """All dotted keys of a configuration class, attention's options of every backend included."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys.append(prefix + name)
+        candidates = [a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)]
+        if AttentionConfig in candidates:
+            options = {f.name for backend in BACKENDS.values() for f in dataclasses.fields(backend.Options)}
+            keys += [f"{prefix}{name}.{option}" for option in sorted(options | {"name"})]
+        elif candidates:
+            keys += valid_keys(candidates[0], f"{prefix}{name}.")
+    return keys
+
+
+def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]]) -> None:
+    """Checks `key=value` words of a command line before they are composed.
+
+    Args:
+        groups: configuration groups and the names of their files.
+
+    Raises:
+        ValueError: for an unknown key or group member, with the nearest valid one.
+    """
+    keys = valid_keys(cls)
+    free = tuple(f"{key}." for key, hint in _free_mappings(cls))
+    for word in overrides:
+        if word.startswith("-") or word.startswith("hydra"):
+            continue
+        key, equals, value = word.lstrip("+~").partition("=")
+        if not equals and not word.startswith("~"):
+            raise ValueError(
+                f"Expected key=value on the command line, got '{word}'.{nearest(word, keys + list(groups))}"
+            )
+        if key in groups:
+            for member in value.split(",") if not any(c in value for c in "([{") else []:
+                if member not in groups[key] and member != "null":
+                    raise ValueError(
+                        f"Unknown {key} '{member}'; expected one of {', '.join(sorted(groups[key]))}."
+                        f"{nearest(member, groups[key])}"
+                    )
+        elif key not in keys and not key.startswith(free):
+            by_end = [k for k in keys if k.split(".")[-1] == key]
+            hint = f" Did you mean '{by_end[0]}'?" if by_end else nearest(key, keys + list(groups))
+            raise ValueError(f"Unknown configuration key '{key}'.{hint}")
+
+
+def _free_mappings(cls: type, prefix: str = ""):
+    """Fields whose keys are not known here (model.config belongs to transformers)."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if typing.get_origin(hint) is dict:
+            yield prefix + name, hint
+        for candidate in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(candidate) and candidate is not AttentionConfig:
+                yield from _free_mappings(candidate, f"{prefix}{name}.")

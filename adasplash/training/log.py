@@ -1,0 +1,185 @@
+"""What a run says: metrics.jsonl always, a live line on a terminal, wandb where asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run, in order; a last line torn by a kill is left out."""
+    rows = []
+    try:
+        lines = (folder / METRICS).read_text().splitlines()
+    except OSError:
+        return rows
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class NullLog:
+    """For every rank but the first."""
+
+    wandb_id = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        pass
+
+    def print(self, text: str) -> None:
+        pass
+
+
+class RunLog:
+    """Writes metrics.jsonl and log.txt in the run folder, and shows progress.
+
+    Args:
+        wandb: off | offline | online; any trouble with it prints one warning, and the local file goes on.
+        resume_step: rows after this step are dropped: they are about to be written again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        wandb: str,
+        config: dict,
+        name: str,
+        wandb_id: str | None,
+        resume_step: int,
+        total_steps: int,
+    ):
+        self.folder, self.total_steps = folder, total_steps
+        kept = [row for row in read_metrics(folder) if _survives(row, resume_step)]
+        temporary = folder / f".{METRICS}"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(folder / METRICS)
+        self.metrics = open(folder / METRICS, "a", buffering=1)
+        self.text = open(folder / "log.txt", "a", buffering=1)
+        self.live = None
+        self.began, self.first_step, self.printed = time.monotonic(), resume_step, 0.0
+        self.wandb, self.wandb_id = None, wandb_id
+        if wandb != "off":
+            self._guarded(lambda: self._start_wandb(wandb, config, name))
+
+    def __enter__(self):
+        if sys.stdout.isatty():
+            from rich.live import Live
+            from rich.text import Text
+
+            self.live = Live(Text(""), refresh_per_second=4)
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        if self.live:
+            self.live.__exit__(*exception)
+            self.live = None
+        if self.wandb:
+            self._guarded(lambda: self.wandb.finish(exit_code=int(exception[0] is not None)))
+
+    def print(self, text: str) -> None:
+        """A line for people, also in log.txt."""
+        self.text.write(text + "\n")
+        self.live.console.print(text, markup=False, highlight=False) if self.live else print(text, flush=True)
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """A row of metrics; numbers that are not finite are written as null, since JSON has none."""
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self.metrics.write(json.dumps({"step": step, **row}) + "\n")
+        if self.wandb:
+            self._guarded(lambda: self.wandb.log({"step": step, **row}))
+        self._show(step, row)
+
+    def _show(self, step: int, row: dict[str, float]) -> None:
+        if "val/loss" in row:
+            self.print(
+                f"step {step:>6}/{self.total_steps}  val/loss {_number(row['val/loss'])}  "
+                f"perplexity {_number(row['val/perplexity'])}  bits/byte {_number(row['val/bits_per_byte'])}"
+            )
+            return
+        elapsed = time.monotonic() - self.began
+        left = elapsed / max(step - self.first_step, 1) * (self.total_steps - step)
+        line = (
+            f"step {step:>6}/{self.total_steps}  loss {_number(row['train/loss'])}  "
+            f"{row.get('perf/tokens_per_s') or 0:,.0f} tokens/s  {_duration(left)} left"
+        )
+        if self.live:
+            from rich.text import Text
+
+            self.text.write(line + "\n")
+            self.live.update(Text(line))
+        else:
+            self.print(line)
+
+    def finish(self, summary: dict[str, Any], plots: list[str]) -> None:
+        """The closing table, the files, and what to do next."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"{summary['status']} at step {summary['step']}", show_header=False)
+        for name, value in summary.items():
+            if isinstance(value, int | float) and name not in ("step", "signal"):
+                note = "  (nats; a model that knows only how frequent tokens are)" if name == "unigram_entropy" else ""
+                table.add_row(name, f"{value:,.4g}" + note if abs(value) < 1e5 else f"{value:,.0f}")
+        console = Console()
+        console.print(table)
+        files = [METRICS, "config.yaml", "summary.json", "checkpoints/"]
+        files += ["export/"] if summary["status"] == "finished" else []
+        console.print(f"Written to {self.folder}: {', '.join(files)}", markup=False, highlight=False, soft_wrap=True)
+        for plot in plots:
+            console.print(f"  {plot}", markup=False, highlight=False, soft_wrap=True)
+        if summary["status"] == "finished":
+            console.print(f"Next: python eval.py run_dir={self.folder}", markup=False, highlight=False, soft_wrap=True)
+
+    # ---------------------------------------------------------------------------------------------------------- wandb
+
+    def _start_wandb(self, mode: str, config: dict, name: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise RuntimeError("the package is missing: pip install 'adasplash-lm[wandb]'") from None
+        run = wandb.init(
+            project="adasplash", name=name, id=self.wandb_id, resume="allow", mode=mode, config=config, dir=self.folder
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        self.wandb, self.wandb_id = run, run.id
+
+    def _guarded(self, call) -> None:
+        """Whatever wandb raises, training goes on with the local file."""
+        try:
+            call()
+        except Exception as error:
+            self.wandb = None
+            self.print(f"Warning: wandb is off from here on ({error}); everything is in {self.folder / METRICS}.")
+
+
+def _survives(row: dict[str, Any], resume_step: int) -> bool:
+    """A row before the resumed step; at that step itself, the validation is measured again."""
+    return row.get("step", 0) < resume_step or (row.get("step") == resume_step and "val/loss" not in row)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -1,0 +1,97 @@
+"""Train a language model: python train.py attention=adasplash seq_len=16384
+
+Hydra composes configs/train.yaml with the command line; a typed configuration goes in, nothing else happens here.
+Several jobs: python train.py -m attention=flash,adasplash seq_len=8192,16384
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from adasplash.training import TrainConfig, TrainingDiverged, check_overrides, from_mapping, read_config, train
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# A run without `model=`: a small one, unless there is a GPU.
+DEFAULT_MODEL = "gpt2" if torch.cuda.is_available() else "small"
+ConfigStore.instance().store(
+    group="model", name="default", node=OmegaConf.load(CONFIGS / f"model/{DEFAULT_MODEL}.yaml")
+)
+
+outcomes: list[tuple[str, str, str]] = []  # of a sweep: (job, what became of it, where to look)
+
+
+def groups() -> dict[str, list[str]]:
+    """Configuration groups and their members."""
+    found = {
+        folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in CONFIGS.iterdir() if folder.is_dir()
+    }
+    found["model"].append("default")
+    return found
+
+
+def typed_config(composed: DictConfig, overrides: list[str]) -> TrainConfig:
+    """The composed configuration as dataclasses; `resume=FOLDER` takes that run's own, changed by the command line."""
+    values = OmegaConf.to_container(composed, resolve=True)
+    if values["resume"] not in ("auto", "never"):
+        folder = Path(values["resume"])
+        saved = OmegaConf.create(read_config(folder).to_mapping())
+        for word in overrides:
+            key = word.lstrip("+").partition("=")[0]
+            if key in groups():
+                raise ValueError(f"resume={folder} goes on with that run's own {key}; leave {key}= out.")
+            OmegaConf.update(saved, key, OmegaConf.select(composed, key))
+        values = OmegaConf.to_container(saved) | {"resume": str(folder), "run_dir": str(folder)}
+    return from_mapping(TrainConfig, values)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(composed: DictConfig) -> None:
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    job = " ".join(overrides)
+    folder = None
+    if sweep:
+        print(f"\n--- {job}", flush=True)
+    try:
+        config = typed_config(composed, overrides)
+        summary = train(config)
+        folder = summary["run_dir"]
+        outcomes.append((job, summary["status"], folder))
+    except Exception as error:
+        expected = isinstance(error, ValueError | TrainingDiverged)
+        if not sweep:
+            if not expected:
+                raise
+            sys.exit(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else f"Error: {error}")
+        log = Path("runs") / f"failed-{abs(hash(job)) % 10**8:08d}.txt"
+        log.parent.mkdir(exist_ok=True)
+        log.write_text(f"python train.py {job}\n\n{traceback.format_exc()}")
+        print(f"Failed: {error}", flush=True)
+        outcomes.append((job, "failed", str(log)))
+        return
+    if summary["status"] == "stopped":
+        print(f"Stopped and saved at step {summary['step']}. Go on with: python train.py resume={folder}", flush=True)
+        sys.exit(128 + summary["signal"])
+
+
+if __name__ == "__main__":
+    try:
+        check_overrides(sys.argv[1:], TrainConfig, groups())
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    main()
+    if len(outcomes) > 1 or any(status == "failed" for _, status, _ in outcomes):
+        print("\nSweep:")
+        for job, status, where in outcomes:
+            print(f"  {status:9s} {job}  ->  {where}")
+        if any(status == "failed" for _, status, _ in outcomes):
+            sys.exit(1)
