@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from adasplash.training import TrainConfig, TrainingDiverged, check_overrides, from_mapping, read_config, train
+from adasplash.training import TrainConfig, TrainingDiverged, check_overrides, from_mapping, groups_of, read_config, train
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -28,15 +28,6 @@ ConfigStore.instance().store(
 outcomes: list[tuple[str, str, str]] = []  # of a sweep: (job, what became of it, where to look)
 
 
-def groups() -> dict[str, list[str]]:
-    """Configuration groups and their members."""
-    found = {
-        folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in CONFIGS.iterdir() if folder.is_dir()
-    }
-    found["model"].append("default")
-    return found
-
-
 def typed_config(composed: DictConfig, overrides: list[str]) -> TrainConfig:
     """The composed configuration as dataclasses; `resume=FOLDER` takes that run's own, changed by the command line."""
     values = OmegaConf.to_container(composed, resolve=True)
@@ -45,7 +36,7 @@ def typed_config(composed: DictConfig, overrides: list[str]) -> TrainConfig:
         saved = OmegaConf.create(read_config(folder).to_mapping())
         for word in overrides:
             key = word.lstrip("+").partition("=")[0]
-            if key in groups():
+            if key in groups_of(CONFIGS):
                 raise ValueError(f"resume={folder} goes on with that run's own {key}; leave {key}= out.")
             OmegaConf.update(saved, key, OmegaConf.select(composed, key))
         values = OmegaConf.to_container(saved) | {"resume": str(folder), "run_dir": str(folder)}
@@ -85,7 +76,7 @@ def main(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        check_overrides(sys.argv[1:], TrainConfig, groups())
+        check_overrides(sys.argv[1:], TrainConfig, groups_of(CONFIGS))
     except ValueError as error:
         sys.exit(f"Error: {error}")
     main()

@@ -1,10 +1,11 @@
 """Training language models on long contexts with attention that is exactly sparse.
 
 The operations need torch alone. What needs transformers (`patch_attention`, `from_pretrained`, `register`) is imported
-at first use; where transformers is already imported, the attention implementation "adasplash" is registered with it.
+at first use; the attention implementation "adasplash" is registered with transformers once both are imported.
 """
 
 import sys
+from importlib import import_module
 
 from .ops import (
     KeyRange,
@@ -14,7 +15,7 @@ from .ops import (
     qk_sparse_attention,
     softmax_attention,
 )
-from .version import __version__
+from .version import __version__ as __version__
 
 __all__ = [
     "KeyRange",
@@ -33,13 +34,9 @@ _LAZY = {"from_pretrained": "models", "patch_attention": "attention.huggingface"
 
 def __getattr__(name: str):
     if name in _LAZY:
-        from importlib import import_module
-
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 if "transformers" in sys.modules:
-    from .attention.huggingface import register
-
-    register()
+    __getattr__("register")()

@@ -1,6 +1,6 @@
 """A training run: its configuration, its loop, what it writes."""
 
-from .config import TrainConfig, check_overrides, from_mapping
+from .config import TrainConfig, check_overrides, from_mapping, groups_of
 from .loop import TrainingDiverged, train
 from .run_folder import read_config, read_summary
 
@@ -9,6 +9,7 @@ __all__ = [
     "TrainingDiverged",
     "check_overrides",
     "from_mapping",
+    "groups_of",
     "read_config",
     "read_summary",
     "train",

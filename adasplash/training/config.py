@@ -8,6 +8,7 @@ import json
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..attention import BACKENDS, backend_options
@@ -118,12 +119,12 @@ class TrainConfig:
     def with_device_defaults(self, cuda: bool) -> TrainConfig:
         """The same configuration with every None and auto decided, for a run with or without a GPU."""
         seq_len = self.seq_len or (8192 if cuda else 512)
-        steps = self.steps or (1000 if cuda else 100)
+        steps = self.steps or (1000 if cuda else 120)
 
         def tokens(given: int | None, usual: int) -> int:
             return given or max(seq_len, usual // seq_len * seq_len)
 
-        batch_tokens = tokens(self.batch_tokens, 131072 if cuda else 4096)
+        batch_tokens = tokens(self.batch_tokens, 131072 if cuda else 2048)
         return dataclasses.replace(
             self,
             seq_len=seq_len,
@@ -136,7 +137,7 @@ class TrainConfig:
             eval=dataclasses.replace(
                 self.eval,
                 every=self.eval.every or max(1, steps // 5),
-                tokens=tokens(self.eval.tokens, 1 << 20 if cuda else 1 << 15),
+                tokens=tokens(self.eval.tokens, 1 << 20 if cuda else 1 << 14),
             ),
         )
 
@@ -179,7 +180,7 @@ def from_mapping(cls: type, values: dict[str, Any], where: str = "") -> Any:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is AttentionConfig:
-        return attention_config(value)
+        return attention_config(value or {})
     if dataclasses.is_dataclass(hint):
         return from_mapping(hint, value or {}, where + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -215,6 +216,12 @@ def valid_keys(cls: type, prefix: str = "") -> list[str]:
         elif candidates:
             keys += valid_keys(candidates[0], f"{prefix}{name}.")
     return keys
+
+
+def groups_of(configs: Path) -> dict[str, list[str]]:
+    """Configuration groups and the names of their members, from a folder of YAML files."""
+    folders = sorted(folder for folder in configs.iterdir() if folder.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
 def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]]) -> None:

@@ -1,0 +1,24 @@
+"""What a trained model is worth: perplexity, throughput, and the file and tables they are kept in."""
+
+from .perplexity import Perplexity, PositionBin, measure_perplexity
+from .plots import attention_colours, plot_perplexity_by_position
+from .results import merge_results, read_results, result_row, result_tables
+from .tables import TextTable, print_tables, text_table
+from .throughput import Throughput, measure_throughput
+
+__all__ = [
+    "Perplexity",
+    "PositionBin",
+    "TextTable",
+    "Throughput",
+    "attention_colours",
+    "measure_perplexity",
+    "measure_throughput",
+    "merge_results",
+    "plot_perplexity_by_position",
+    "print_tables",
+    "read_results",
+    "result_row",
+    "result_tables",
+    "text_table",
+]

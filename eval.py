@@ -1,0 +1,191 @@
+"""Evaluate: python eval.py run_dir=runs/NAME seq_lens=[8192,16384]   (perplexity and throughput of a trained run)
+python eval.py model=gpt2 attention=adasplash seq_lens=[8192,16384] evals=[throughput]   (untrained: throughput alone)
+
+Hydra composes configs/eval.yaml with the command line; results land in results.json of the run folder.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from adasplash.attention.huggingface import attention_backends
+from adasplash.data import DataConfig, TokenizerConfig, build_tokenizer, prepare
+from adasplash.evaluation import (
+    measure_perplexity,
+    measure_throughput,
+    merge_results,
+    plot_perplexity_by_position,
+    print_tables,
+    result_row,
+    result_tables,
+)
+from adasplash.models import ModelConfig, build_model, from_pretrained
+from adasplash.ops.checks import check_choice
+from adasplash.training import TrainConfig, check_overrides, from_mapping, groups_of, read_config
+from adasplash.training.checkpoint import newest, restore_training_state
+from adasplash.training.config import AttentionConfig
+from adasplash.training.hardware import device_name
+
+CONFIGS = Path(__file__).parent / "configs"
+EVALUATIONS = ("perplexity", "throughput")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate: a run (run_dir), or an untrained model.
+
+    Args:
+        evals: of perplexity, throughput.
+        seq_lens: lengths to measure; by default the run's own, or 8192 and 16384.
+        stride: of the perplexity windows; by default disjoint windows.
+        max_tokens: of the validation text; by default all of it.
+        batch_tokens: tokens per forward pass; by default one sequence.
+        attention, data, tokenizer: others than the run's own.
+    """
+
+    run_dir: str | None = None
+    evals: list[str] = field(default_factory=lambda: list(EVALUATIONS))
+    seq_lens: list[int] | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    batch_tokens: int | None = None
+    repeats: int = 5
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool | None = None
+    seed: int = 0
+    model: ModelConfig | None = None
+    attention: AttentionConfig | None = None
+    data: DataConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+
+    def __post_init__(self):
+        for name in self.evals:
+            check_choice("evaluation", name, EVALUATIONS)
+        check_choice("device", self.device.split(":")[0], ("auto", "cpu", "cuda"))
+        check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        if (self.run_dir is None) == (self.model is None):
+            raise ValueError("Expected either run_dir=FOLDER of a trained run, or model=NAME for an untrained one.")
+        if self.run_dir is None and "perplexity" in self.evals:
+            raise ValueError("An untrained model has no perplexity worth measuring; use evals=[throughput].")
+        if any(length < 1 for length in self.seq_lens or []):
+            raise ValueError(f"Expected seq_lens of at least 1, got {self.seq_lens}.")
+
+
+def trained_model(run_dir: Path, run: TrainConfig, attention: AttentionConfig | None):
+    """The run's exported model, or that of its newest checkpoint where it has not ended; with another attention if asked."""
+    chosen = (attention.name, attention.options) if attention else (None, {})
+    if (run_dir / "export" / "config.json").exists():
+        return from_pretrained(run_dir / "export", chosen[0], **chosen[1])
+    checkpoint = newest(run_dir / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"'{run_dir}' holds no model yet: neither export/ nor a checkpoint. Train on: resume={run_dir}")
+    if attention:
+        raise ValueError(f"'{run_dir}' has not ended; another attention needs its export. Train on: resume={run_dir}")
+    tokenizer = build_tokenizer(run.tokenizer)
+    how = {"vocab_size": tokenizer.vocab_size, "end_token": tokenizer.end_token, "seq_len": run.seq_len}
+    model = build_model(run.model, attention=run.attention.name, options=run.attention.options, **how)
+    print(f"The run has not ended; its newest checkpoint is evaluated: {checkpoint}")
+    restore_training_state(model, [], checkpoint)
+    return model
+
+
+def evaluate(config: EvaluateConfig) -> list[dict]:
+    """Measures, writes results.json and a plot, prints the tables; returns the new rows."""
+    cuda = torch.cuda.is_available() if config.device == "auto" else config.device.startswith("cuda")
+    if cuda and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch finds no GPU here; use device=cpu or device=auto.")
+    device = torch.device(config.device if config.device != "auto" else ("cuda" if cuda else "cpu"))
+    precision = config.precision if config.precision != "auto" else ("bf16" if cuda else "fp32")
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    compiled = cuda if config.compile is None else config.compile
+    torch.manual_seed(config.seed)
+
+    if config.run_dir:
+        folder = Path(config.run_dir)
+        run = read_config(folder)
+        tokenizer = config.tokenizer or run.tokenizer
+        data = config.data or run.data
+        attention = config.attention or run.attention
+        seq_lens = config.seq_lens or [run.seq_len]
+        name = run.model.name
+        model = trained_model(folder, run, config.attention)
+    else:
+        tokenizer = config.tokenizer or TokenizerConfig()
+        data = None
+        attention = config.attention or AttentionConfig()
+        seq_lens = config.seq_lens or [8192, 16384]
+        name = config.model.name
+        folder = Path("runs") / f"untrained-{name}-{attention.name}"
+        # the vocabulary decides a good part of the speed: GPT-2's own, unless a tokenizer is named
+        vocab_size = build_tokenizer(config.tokenizer).vocab_size if config.tokenizer else 50257
+        how = {"vocab_size": vocab_size, "end_token": vocab_size - 1, "seq_len": max(seq_lens)}
+        model = build_model(config.model, attention=attention.name, options=attention.options, **how)
+    model.to(device)
+    for backend in attention_backends(model):
+        backend.set_step(10**9)  # schedules are over
+    if compiled:
+        model.base_model.compile(dynamic=False)
+
+    facts = {
+        "model": name,
+        "attention": attention.name,
+        "attention_options": attention.options,
+        "tokenizer": " ".join(filter(None, (tokenizer.kind, tokenizer.name))),
+        "device": device_name(device),
+        "dtype": precision,
+        "compile": compiled,
+    }
+    rows, failures = [], []
+    batch_size = {length: max(1, (config.batch_tokens or length) // length) for length in seq_lens}
+    if "perplexity" in config.evals:
+        text = prepare(data, build_tokenizer(tokenizer)).validation
+        for length in seq_lens:
+            how = {"stride": config.stride, "max_tokens": config.max_tokens, "batch_size": batch_size[length]}
+            try:
+                measured = measure_perplexity(model, text, seq_len=length, device=device, autocast=autocast, **how)
+            except ValueError as error:
+                failures.append(f"perplexity at {length}: {error}")
+                continue
+            rows.append(result_row(measured, **facts, data=data.path or data.name or data.source))
+    if "throughput" in config.evals:
+        for length in seq_lens:
+            for backward in (False, True):
+                how = {"batch_size": batch_size[length], "vocab_size": model.config.vocab_size, "device": device}
+                how |= {"autocast": autocast, "backward": backward, "repeats": config.repeats}
+                try:
+                    rows.append(result_row(measure_throughput(model, seq_len=length, **how), **facts))
+                except ValueError as error:
+                    failures.append(f"throughput at {length}: {error}")
+                    break
+    if rows:
+        folder.mkdir(parents=True, exist_ok=True)
+        merged = merge_results(folder / "results.json", rows)
+        print_tables(result_tables(rows))
+        print(f"Written: {folder / 'results.json'}")
+        if plot := plot_perplexity_by_position(merged, folder / "plots" / "perplexity_by_position.png"):
+            print(f"         {plot}")
+    if failures:
+        raise ValueError("\n".join(failures))
+    return rows
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="eval")
+def main(composed: DictConfig) -> None:
+    values = OmegaConf.to_container(composed, resolve=True)
+    try:
+        evaluate(from_mapping(EvaluateConfig, values))
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    try:
+        check_overrides(sys.argv[1:], EvaluateConfig, groups_of(CONFIGS))
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    main()
