@@ -83,7 +83,9 @@ def trained_model(run_dir: Path, run: TrainConfig, attention: AttentionConfig | 
         return from_pretrained(run_dir / "export", chosen[0], **chosen[1])
     checkpoint = newest(run_dir / "checkpoints")
     if checkpoint is None:
-        raise ValueError(f"'{run_dir}' holds no model yet: neither export/ nor a checkpoint. Train on: resume={run_dir}")
+        raise ValueError(
+            f"'{run_dir}' holds no model yet: neither export/ nor a checkpoint. Train on: resume={run_dir}"
+        )
     if attention:
         raise ValueError(f"'{run_dir}' has not ended; another attention needs its export. Train on: resume={run_dir}")
     tokenizer = build_tokenizer(run.tokenizer)

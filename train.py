@@ -15,7 +15,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from adasplash.training import TrainConfig, TrainingDiverged, check_overrides, from_mapping, groups_of, read_config, train
+from adasplash.training import (
+    TrainConfig,
+    TrainingDiverged,
+    check_overrides,
+    from_mapping,
+    groups_of,
+    read_config,
+    train,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -6,6 +6,8 @@ at first use; the attention implementation "adasplash" is registered with transf
 
 import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 
 from .ops import (
     KeyRange,
@@ -38,5 +40,25 @@ def __getattr__(name: str):
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
-if "transformers" in sys.modules:
+class _RegisterWithTransformers(MetaPathFinder):
+    """Registers "adasplash" as soon as transformers' models are imported, without importing them itself."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers.modeling_utils":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            __getattr__("register")()
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if "transformers.modeling_utils" in sys.modules:
     __getattr__("register")()
+else:
+    sys.meta_path.insert(0, _RegisterWithTransformers())

@@ -13,14 +13,18 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
-from .attention import Options
+from .attention import Options, backend_options
+from .attention.backend import announce
 from .attention.huggingface import SUBMODULE, attention_backends, configured_backend, patch_attention, register
 from .ops.checks import nearest
 from .ops.cross_entropy import summed_cross_entropy, token_cross_entropy
 from .ops.support_statistics import SupportStatistics
 
 VOCABULARY_MULTIPLE = 64  # matrix products with an odd vocabulary are several times slower on a GPU
+DERIVED_KEYS = ("vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -65,22 +69,23 @@ def build_model(
                 "use the tokenizer that it was trained with."
             )
         check_length(model, seq_len)
+        _check_plain_head(model)
         return model
-    try:
-        defaults = AutoConfig.for_model(config.type)
-    except ValueError:
-        types = (
-            list(transformers.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-            if hasattr(transformers, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
-            else []
-        )
+    if config.type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
-            f"transformers {transformers.__version__} knows no model type '{config.type}'.{nearest(config.type, types)}"
-        ) from None
-    known = set(defaults.to_dict()) | set(type(defaults).attribute_map)
+            f"transformers {transformers.__version__} has no causal language model of type '{config.type}'."
+            f"{nearest(config.type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+        )
+    defaults = AutoConfig.for_model(config.type)
+    attributes = type(defaults).attribute_map  # of other names, as in GPT-2's max_position_embeddings: n_positions
+    known = set(defaults.to_dict()) | set(attributes)
     for key in config.config:
         if key not in known:
             raise ValueError(f"model.config has no key '{key}' for type {config.type}.{nearest(key, known)}")
+        if key in DERIVED_KEYS or key in {attributes.get(name) for name in DERIVED_KEYS}:
+            raise ValueError(
+                f"model.config cannot set '{key}', which follows from the tokenizer or seq_len; leave it out."
+            )
     padded = -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     model_config = AutoConfig.for_model(
         config.type,
@@ -88,9 +93,8 @@ def build_model(
         vocab_size=padded,
         bos_token_id=end_token,
         eos_token_id=end_token,
-        use_cache=False,
+        max_position_embeddings=seq_len,
     )
-    model_config.max_position_embeddings = seq_len
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     _check_plain_head(model)
     return patch_attention(model, attention, **(options or {}))
@@ -113,40 +117,60 @@ def _check_plain_head(model: PreTrainedModel) -> None:
 def from_pretrained(
     path: str | Path, attention: str | None = None, *, dtype=torch.float32, **options
 ) -> PreTrainedModel:
-    """A transformers checkpoint with its attention backend.
+    """A transformers checkpoint with its attention backend; attention dropout, which no backend has, is switched off.
 
     Args:
         path: local folder (or a hub name, which downloads); an export of this package names its backend itself.
-        attention: another backend than the checkpoint's own; its options follow as keywords.
+        attention: a backend in place of the checkpoint's own (adasplash, where it names none).
         dtype: of the weights.
+        options: of the backend, as keywords; the others are those that the checkpoint was saved with, if the backend is
+            its own.
 
     Raises:
         ValueError: if the folder holds no model, or weights are missing from it.
     """
     register()
-    try:
+    with _expecting_a_model(path, OSError, ValueError):
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    saved_name, saved = configured_backend(config) or ("adasplash", None)
+    _switch_off_attention_dropout(config)
+    architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    # the backend's own tensors are unexpected to transformers; everything else is checked here
+    with _expecting_a_model(path, OSError), _quiet():
+        model, info = architecture.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
         raise ValueError(
-            f"No transformers model at '{path}': expected a folder with config.json and model.safetensors ({error})."
-        ) from None
-    name, saved = configured_backend(config) or ("adasplash", None)
-    if attention is None or (attention == name and not options):
-        options = {} if saved is None else {k: v for k, v in vars(saved).items()} if not options else options
-        attention = name
-    architecture = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], AutoModelForCausalLM)
-    with _quiet():  # the backend's own tensors are unexpected to transformers; everything else is checked here
-        model, info = architecture.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    unexpected = [key for key in info["unexpected_keys"] if f".{SUBMODULE}." not in key]
-    if info["missing_keys"] or unexpected:
-        raise ValueError(
-            f"The weights at '{path}' do not fit {architecture.__name__}: "
-            f"missing {sorted(info['missing_keys'])[:3]}, unexpected {sorted(unexpected)[:3]}."
+            f"The checkpoint '{path}' lacks weights of {architecture.__name__}: "
+            f"{', '.join(sorted(info['missing_keys'])[:3])}, {len(info['missing_keys'])} in all."
         )
-    patch_attention(model, attention, **options)
-    if attention == name and saved is not None:
-        _load_backend_state(model, Path(path))
+    unused = sorted(key for key in info["unexpected_keys"] if f".{SUBMODULE}." not in key)
+    if unused:
+        announce(f"{architecture.__name__} has no use for {', '.join(unused[:3])} of '{path}', {len(unused)} in all.")
+    attention = attention or saved_name
+    if saved is not None and attention == saved_name:
+        patch_attention(model, attention, **vars(saved) | options)
+        _load_backend_state(model, path, complete=backend_options(attention, vars(saved) | options) == saved)
+    else:
+        patch_attention(model, attention, **options)
     return model
+
+
+def _switch_off_attention_dropout(config) -> None:
+    for name in ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"):
+        if getattr(config, name, 0.0):
+            announce(f"The checkpoint's {name} = {getattr(config, name):g} is switched off: no backend has dropout.")
+            setattr(config, name, 0.0)
+
+
+@contextlib.contextmanager
+def _expecting_a_model(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"No transformers model at '{path}': expected a folder with config.json and model.safetensors ({reason})"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -159,25 +183,35 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def _load_backend_state(model: PreTrainedModel, path: Path) -> None:
-    """Fills the backends' parameters and buffers from the checkpoint's safetensors files."""
-    wanted = {key: value for key, value in model.state_dict().items() if f".{SUBMODULE}." in key}
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else []:
+def _load_backend_state(model: PreTrainedModel, path: str | Path, complete: bool) -> None:
+    """Fills the backends' state from the checkpoint's safetensors files.
+
+    complete: all of it has to be there; else what options that are new need starts fresh.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(cached_file(str(path), "config.json")).parent
+    stored: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            for key in set(tensors.keys()) & set(wanted):
-                target = wanted.pop(key)
-                stored = tensors.get_tensor(key)
-                if stored.shape != target.shape:
-                    raise ValueError(
-                        f"'{key}' at '{path}' has shape {tuple(stored.shape)}, but these options need "
-                        f"{tuple(target.shape)}; load it with the options that it was trained with."
-                    )
-                target.copy_(stored)
-    if wanted:
-        raise ValueError(f"The attention's own weights are missing at '{path}', for example '{sorted(wanted)[0]}'.")
+            stored |= {key: tensors.get_tensor(key) for key in tensors.keys() if f".{SUBMODULE}." in key}
+    names = {module: name for name, module in model.named_modules()}
+    for backend in attention_backends(model):
+        prefix = names[backend]
+        found = {name: stored[f"{prefix}.{name}"] for name in backend.state_names() if f"{prefix}.{name}" in stored}
+        if missing := [f"{prefix}.{name}" for name in backend.state_names() if name not in found]:
+            if complete:
+                raise ValueError(f"The attention's own weights are missing at '{path}', for example '{missing[0]}'.")
+            announce(f"'{missing[0]}' is not in '{path}' and starts fresh.")
+        try:
+            backend.load_state_dict(found, strict=False)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(
+                f"The attention's weights at '{path}' do not fit these options; "
+                f"load it with the options that it was trained with ({reason})"
+            ) from None
 
 
-def export(model: PreTrainedModel, folder: Path, tokenizer: dict[str, Any] | None = None) -> None:
+def export(model: PreTrainedModel, folder: str | Path, tokenizer: dict[str, Any] | None = None) -> None:
     """Writes a transformers folder: config.json (which names the backend), model.safetensors.
 
     `from_pretrained` of this package reloads it with its backend. Plain transformers reloads the weights for its own
@@ -185,7 +219,7 @@ def export(model: PreTrainedModel, folder: Path, tokenizer: dict[str, Any] | Non
     """
     model.save_pretrained(folder)
     name, options = configured_backend(model.config)
-    (folder / "README.md").write_text(
+    (Path(folder) / "README.md").write_text(
         f"# {model.config.model_type} trained with attention={name}\n\n"
         f"Load with `adasplash.from_pretrained(folder)`. Attention: `{options}`.\n"
         "Loaded by plain transformers, the same weights run with softmax attention, which is another model.\n"
@@ -229,13 +263,12 @@ def token_losses(
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """The number of learned positions; None for models without such a table (rotary positions, ALiBi)."""
+    tables = ("wpe", "position_embeddings", "embed_positions")
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in (
-            "wpe",
-            "position_embeddings",
-            "embed_positions",
-        ):
-            return module.num_embeddings
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in tables:
+            # OPT and RoBERTa leave the first rows of the table to padding
+            unused = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
+            return module.num_embeddings - unused
     return None
 
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ..ops.entmax_attention import entmax_attention
 from .backend import AttentionBackend, Options
 
+# Nearer to 1 the gradient for alpha loses all its digits in float32 (it has a pole there).
+LEAST_LEARNED_ALPHA = 1.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaSplashOptions(Options):
@@ -39,8 +42,11 @@ class AdaSplashOptions(Options):
             raise ValueError(f"alpha_steps = {self.alpha_steps} needs an alpha_start to go from.")
         if self.learn_alpha and self.alpha_start is not None:
             raise ValueError("learn_alpha and alpha_start exclude each other: alpha is either learned or scheduled.")
-        if self.learn_alpha and self.alpha == 2.0:
-            raise ValueError("learn_alpha keeps alpha strictly between 1 and 2; start it below 2.")
+        if self.learn_alpha and not LEAST_LEARNED_ALPHA < self.alpha < 2.0:
+            raise ValueError(
+                f"learn_alpha keeps alpha strictly between {LEAST_LEARNED_ALPHA} and 2, so that it cannot start at "
+                f"alpha = {self.alpha:g}."
+            )
 
 
 class AdaSplash(AttentionBackend):
@@ -49,26 +55,34 @@ class AdaSplash(AttentionBackend):
 
     def __init__(self, options, *, heads, key_heads, head_dim):
         super().__init__(options, heads=heads, key_heads=key_heads, head_dim=head_dim)
-        start = options.alpha if options.alpha_start is None else options.alpha_start
-        # Saved with the weights: it tells what the model was trained with, and where plain transformers loads such a
-        # checkpoint, an unexpected key makes it say so.
-        self.register_buffer("alpha", torch.tensor(start))
+        self.register_buffer("alpha", torch.tensor(options.alpha))  # as the base class does for entmax
+        self.scheduled = False  # whether alpha is on its way: a plain number, where it is one, has faster kernels
         self.alpha_logit = None
-        if options.learn_alpha:  # alpha = 1 + sigmoid(logit)
-            logit = math.log((options.alpha - 1.0) / (2.0 - options.alpha))
-            self.alpha_logit = nn.Parameter(torch.full((heads,), logit))
-        self.scheduled = options.alpha_start is not None
+        if options.learn_alpha:
+            share = (options.alpha - LEAST_LEARNED_ALPHA) / (2.0 - LEAST_LEARNED_ALPHA)
+            self.alpha_logit = nn.Parameter(torch.full((heads,), math.log(share / (1.0 - share))))
+        self.set_step(0)
 
-    def set_step(self, step: int) -> None:
+    def state_names(self):
+        if self.options.learn_alpha:
+            return ("alpha_logit",)
+        return () if self.options.alpha_start is None else ("alpha",)
+
+    def set_step(self, step):
         options = self.options
         if options.alpha_start is not None:
             share = min(1.0, step / options.alpha_steps)
             self.alpha.fill_(options.alpha_start + share * (options.alpha - options.alpha_start))
             self.scheduled = share < 1.0
 
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.options.alpha_start is not None:
+            self.scheduled = bool(self.alpha != self.options.alpha)
+
     def current_alpha(self) -> float | Tensor:
         if self.alpha_logit is not None:
-            return 1.0 + torch.sigmoid(self.alpha_logit.float())
+            return LEAST_LEARNED_ALPHA + (2.0 - LEAST_LEARNED_ALPHA) * torch.sigmoid(self.alpha_logit.float())
         return self.alpha if self.scheduled else self.options.alpha
 
     def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):

@@ -78,8 +78,11 @@ class AttentionBackend(nn.Module):
     def __init__(self, options: Options, *, heads: int, key_heads: int, head_dim: int):
         super().__init__()
         self.options, self.heads, self.key_heads, self.head_dim = options, heads, key_heads, head_dim
-        slopes = alibi_slopes(options.alibi, heads)
-        self.register_buffer("slopes", slopes, persistent=False)
+        # Saved with the weights although the options say as much: plain transformers, which would run them with its own
+        # softmax, reports unexpected keys when it loads them.
+        self.register_buffer("slopes", alibi_slopes(options.alibi, heads))
+        if getattr(options, "normaliser", "softmax") == "entmax":
+            self.register_buffer("alpha", torch.tensor(options.alpha))
         self.recorded: list[SupportStatistics] | None = None
 
     def forward(
@@ -102,6 +105,10 @@ class AttentionBackend(nn.Module):
     def select(self, q: Tensor, k: Tensor, key_range: KeyRange | None, causal: bool) -> Reordering | None:
         """The new order and ranges of a selecting backend; None: all keys in range, in the order of the text."""
         return None
+
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the parameters and buffers that the options do not determine: a checkpoint has to bring them."""
+        return ()
 
     def set_step(self, step: int) -> None:
         """Tells the training step, for options that follow a schedule."""

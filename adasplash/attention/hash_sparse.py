@@ -41,6 +41,9 @@ class HashSparse(AttentionBackend):
         # (G, D, n_buckets / 2), drawn once and saved with the weights
         self.register_buffer("directions", random_directions(key_heads, head_dim, options.n_buckets))
 
+    def state_names(self):
+        return ("directions",)
+
     def select(self, q, k, key_range, causal):
         if self.options.shared_qk:
             k = torch.nn.functional.normalize(q, dim=-1)

@@ -8,6 +8,10 @@ configuration names, else plain AdaSplash attention, so that `model.set_attn_imp
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +31,20 @@ UNSUPPORTED = {
     "softcap": "a cap on the scores",
     "s_aux": "attention sinks",
     "position_bias": "a bias of relative positions",
+    "indices": "keys chosen by an indexer",
+    "block_indices": "blocks of keys chosen by an indexer",
+}
+
+# The parts of transformers' mask functions that a KeyRange can describe. Sliding windows and packed documents reach the
+# attention function by other ways: as sliding_window and position_ids.
+KNOWN_PATTERNS = {
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    "and_masks",
+    "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+    "packed_sequence_mask_function",
+    "remap_positions_for_packed_sequence",
 }
 
 
@@ -34,6 +52,15 @@ def register() -> None:
     """Makes "adasplash" an attention implementation of transformers; may be called again."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def mask_patterns(mask_function: Callable) -> set[str]:
+    """Names of the functions that transformers composed a mask function of."""
+    names = {mask_function.__qualname__.split(".")[0]}
+    for cell in mask_function.__closure__ or ():
+        parts = cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,)
+        names.update(*(mask_patterns(part) for part in parts if inspect.isfunction(part)))
+    return names
 
 
 def padding_mask(
@@ -50,20 +77,31 @@ def padding_mask(
     """What transformers hands on as attention_mask: None, or bool (B, number of valid keys), True where kept.
 
     Raises:
-        ValueError: for pads between kept tokens.
+        ValueError: for pads between kept tokens, or a mask that no range describes (chunks, prefixes, blocks).
     """
-    seen = q_offset + q_length
-    if attention_mask is not None:
-        # a static cache is longer than what it holds: the mask's length says how much that is
-        attention_mask = attention_mask[:, -kv_length:].to(torch.bool)
-        if not torch.compiler.is_compiling():
-            if attention_mask.shape[1] == kv_length and attention_mask.all():
-                return None
-            check_padding(attention_mask)
-        return attention_mask
-    if kv_offset == 0 and (isinstance(seen, Tensor) or seen < kv_length):
-        return torch.ones(batch_size, int(seen), dtype=torch.bool, device=device)
-    return None
+    # a compiler does not see into mask functions
+    patterns = set() if torch.compiler.is_compiling() else mask_patterns(mask_function)
+    if not patterns <= KNOWN_PATTERNS:
+        raise ValueError(
+            "The attention backends know causal, bidirectional, sliding-window, padding and packing masks, but this "
+            f'model composes {", ".join(sorted(patterns - KNOWN_PATTERNS))}; use attn_implementation="sdpa" for it.'
+        )
+    causal = "causal_mask_function" in patterns or isinstance(q_offset, Tensor)
+    if causal and kv_offset == 0 and (attention_mask is None or attention_mask.shape[1] >= kv_length):
+        # A static cache (whose offset may be a tensor) has room for more keys than it holds so far.
+        held = int(q_offset) + q_length
+        if held < kv_length and attention_mask is None:
+            attention_mask = torch.ones(batch_size, held, dtype=torch.bool, device=device)
+        elif held < kv_length:
+            attention_mask = attention_mask[:, :held]
+    if attention_mask is None:
+        return None
+    attention_mask = attention_mask[:, -kv_length:].to(torch.bool)
+    if not torch.compiler.is_compiling():
+        if attention_mask.shape[1] == kv_length >= q_length and attention_mask.all():
+            return None
+        check_padding(attention_mask)
+    return attention_mask
 
 
 def _refuse_unsupported(module: nn.Module, attention_mask, dropout: float, kwargs: dict) -> None:
@@ -77,6 +115,11 @@ def _refuse_unsupported(module: nn.Module, attention_mask, dropout: float, kwarg
         raise ValueError(
             f"Expected a padding mask of shape (batch, keys), got one of shape {shape}. Describe packed documents by "
             'position_ids and padding by a 2-D mask, or use attn_implementation="sdpa" for free-form masks.'
+        )
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "Expected packed documents as position_ids that start again at each document, got cu_seq_lens_q; "
+            "leave cu_seq_lens_q out (return_flash_attn_kwargs=False in the collator)."
         )
     for name, meaning in UNSUPPORTED.items():
         if kwargs.get(name) is not None:
@@ -96,23 +139,31 @@ def key_range_of(
 ) -> KeyRange | None:
     """The range that transformers' arguments describe, beside causality; None where all keys are visible.
 
-    packed: whether position_ids mark documents. None: look (which waits for a GPU), as transformers itself does, only
-        where there is neither a mask nor a cache.
+    packed: whether position_ids mark documents. None: look (which waits for a GPU) where there is neither a mask nor an
+        earlier key, as transformers itself does.
+
+    Raises:
+        ValueError: for packed=True without positions of all keys.
     """
     ranges = []
     query_length = q.shape[2]
+    whole = position_ids is not None and query_length == key_length
+    if packed and not whole:
+        raise ValueError("packed=True needs position_ids of all keys, and so no keys from a cache.")
+    if packed is None:
+        packed = (
+            whole
+            and attention_mask is None
+            and query_length > 1
+            and bool((position_ids[:, 1:] != position_ids[:, :-1] + 1).any())
+        )
     if sliding_window is not None:
         ranges.append(KeyRange.window(query_length, sliding_window, key_length, device=q.device))
     if attention_mask is not None:
         ranges.append(KeyRange.padding(attention_mask, query_length))
-    elif position_ids is not None and query_length == key_length and query_length > 1:
-        if packed is None:
-            packed = bool((position_ids[:, 1:] != position_ids[:, :-1] + 1).any())
-        if packed:
-            ranges.append(KeyRange.documents(position_ids))
-    if not ranges:
-        return None
-    return ranges[0] if len(ranges) == 1 else ranges[0] & ranges[1]
+    if packed:
+        ranges.append(KeyRange.documents(position_ids))
+    return functools.reduce(operator.and_, ranges) if ranges else None
 
 
 def attention_forward(
@@ -138,8 +189,16 @@ def attention_forward(
         ValueError: for what the backends cannot honour: 4-D masks, dropout, softcap, sinks, position biases.
     """
     _refuse_unsupported(module, attention_mask, dropout, kwargs)
-    if attention_mask is not None and attention_mask.shape[1] < key.shape[2]:
-        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+    if attention_mask is not None:
+        seen = attention_mask.shape[1]
+        if seen > key.shape[2] or (seen < key.shape[2] and seen < query.shape[2]):
+            raise ValueError(
+                f"Expected an attention mask of one entry per key, {key.shape[2]}, got one of length {seen}."
+            )
+        key, value = key[:, :, :seen], value[:, :, :seen]  # a static cache has room for more
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave q and k in float32, v in autocast's dtype
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     key_range = key_range_of(query, key.shape[2], attention_mask, position_ids, packed, sliding_window)
     backend = getattr(module, SUBMODULE, None)
@@ -160,14 +219,14 @@ def _default_backend(module: nn.Module, query: Tensor, key: Tensor) -> Attention
     shape = {"heads": query.shape[1], "key_heads": key.shape[1], "head_dim": query.shape[3]}
     backend_key = (name, options, *shape.values(), query.device)
     if backend_key not in _default_backends:
-        backend = BACKENDS[name](options, **shape).to(query.device).eval()
-        if list(backend.parameters()) or name == "hash_sparse":
+        backend = BACKENDS[name](options, **shape).to(query.device)
+        if backend.state_names():
             raise ValueError(
-                f"This model's attention ({name}) has weights of its own, which plain transformers does not load; "
+                f"This model's attention ({name}) has a state of its own, which plain transformers does not load; "
                 "use adasplash.from_pretrained, or adasplash.patch_attention for a new model."
             )
         _default_backends[backend_key] = backend
-    return _default_backends[backend_key]
+    return _default_backends[backend_key].train(module.training)
 
 
 def configured_backend(config) -> tuple[str, Options] | None:
@@ -187,12 +246,24 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def layer_shape(layer: nn.Module) -> dict[str, int]:
+    """heads, key_heads and head_dim (of queries and keys) of an attention layer."""
+    config = layer.config.get_text_config()
+    heads = config.num_attention_heads
+    dims = (getattr(where, name, None) for where in (layer, config) for name in ("qk_head_dim", "head_dim"))
+    return {
+        "heads": heads,
+        "key_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": next(filter(None, dims), config.hidden_size // heads),
+    }
+
+
 def attention_backends(model: nn.Module) -> list[AttentionBackend]:
     """The backends that `patch_attention` placed, in the order of the layers."""
     return [module for module in model.modules() if isinstance(module, AttentionBackend)]
 
 
-def patch_attention(model: PreTrainedModel, backend: str | Options = "adasplash", **options) -> PreTrainedModel:
+def patch_attention(model: PreTrainedModel, backend: str = "adasplash", **options) -> PreTrainedModel:
     """Gives every attention layer of a transformers model a backend; changes the model in place and returns it.
 
     Args:
@@ -205,20 +276,17 @@ def patch_attention(model: PreTrainedModel, backend: str | Options = "adasplash"
     """
     register()
     parsed = backend_options(backend, options)
-    layers = attention_layers(model)
+    model.set_attn_implementation(NAME)
+    # transformers leaves alone, with a warning, what does not go through its AttentionInterface
+    layers = [layer for layer in attention_layers(model) if layer.config._attn_implementation == NAME]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no attention layer that goes through transformers' AttentionInterface; "
             "expected a model such as GPT-2, Llama, RoBERTa or ModernBERT."
         )
-    text_config = model.config.get_text_config()
-    heads = text_config.num_attention_heads
-    key_heads = getattr(text_config, "num_key_value_heads", None) or heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    weight = next(model.parameters())
     for layer in layers:
-        module = BACKENDS[backend](parsed, heads=heads, key_heads=key_heads, head_dim=head_dim)
-        setattr(layer, SUBMODULE, module.to(weight.device).train(model.training))
-    model.set_attn_implementation(NAME)
+        module = BACKENDS[backend](parsed, **layer_shape(layer))
+        device = next(layer.parameters()).device
+        setattr(layer, SUBMODULE, module.to(device).train(layer.training))
     setattr(model.config, CONFIG_FIELD, {"name": backend, **dataclasses.asdict(parsed)})
     return model

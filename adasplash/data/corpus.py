@@ -7,122 +7,165 @@ import gzip
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .config import DataConfig
 
 FORMATS = {".txt": "text", ".txt.gz": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Of the standard library only what it is made of: no installed packages, no tests, no character tables.
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """documents() yields one text after another; the fingerprint changes with the content and nothing else."""
+    """Text, to be read any number of times.
+
+    Args:
+        documents: yields one document after another, in the same order each time; the order is part of the content.
+            Raises ValueError for what cannot be read.
+        fingerprint: changes with the content and with nothing else.
+        files: that it is read from, where it is read from files.
+    """
 
     documents: Callable[[], Iterator[str]]
     fingerprint: str
+    files: tuple[Path, ...] = ()
 
 
-def load_corpus(config: DataConfig) -> Corpus:
-    """The training corpus. Raises ValueError with one sentence for what is missing or unreadable."""
+def load_corpora(config: DataConfig) -> tuple[Corpus, Corpus | None]:
+    """The corpus, and the held-out one where validation_path names it.
+
+    Raises:
+        ValueError: with one sentence for what is missing, or in both.
+    """
     if config.source == "stdlib":
-        return _standard_library()
-    if config.source == "files":
-        return files_corpus(config.path, config.text_column)
-    return _hub_corpus(config)
+        corpus = _standard_library()
+    elif config.source == "files":
+        corpus = _files_corpus(config.path, config.text_column)
+    else:
+        corpus = _hub_corpus(config)
+    if not config.validation_path:
+        return corpus, None
+    held_out = _files_corpus(config.validation_path, config.text_column)
+    if both := {file.resolve() for file in corpus.files} & {file.resolve() for file in held_out.files}:
+        raise ValueError(
+            f"'{sorted(both)[0]}' is in data.path and in data.validation_path; "
+            "give data.path a pattern that leaves the held-out files out, such as 'texts/train-*.jsonl.gz'."
+        )
+    return corpus, held_out
 
 
 def _standard_library() -> Corpus:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(path for path in root.rglob("*.py") if not NOT_LIBRARY.intersection(path.relative_to(root).parts))
-    # by a digest of the name, so that neighbours in a package do not become neighbours in the text
-    files.sort(key=lambda path: hashlib.sha256(str(path.relative_to(root)).encode()).digest())
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in NOT_LIBRARY]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort()
+    if not files:
+        raise ValueError(f"No source text of the standard library under '{root}'; use data=files with data.path.")
 
     def documents() -> Iterator[str]:
-        for path in files:
+        for file in files:
             try:
-                yield path.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, OSError):
+                yield file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
                 continue
 
-    if not files:
-        raise ValueError(f"No source text of the standard library under '{root}'; use data=files data.path=...")
-    return Corpus(documents, fingerprint_files(files))
+    return Corpus(documents, _fingerprint(files))
 
 
-def fingerprint_files(files: list[Path]) -> str:
-    """Of the content of the files, in order."""
-    total = hashlib.sha256()
+def _files_corpus(path: str, text_column: str) -> Corpus:
+    """One document a text file, one a row of jsonl and parquet files."""
+    files = find_files(path)
+
+    def documents() -> Iterator[str]:
+        for file in files:
+            if _format(file) == "text":
+                yield _read_text(file)
+            else:
+                yield from _texts(_read_rows(file), file, text_column)
+
+    return Corpus(documents, _fingerprint(files, text_column), tuple(files))
+
+
+def find_files(path: str) -> list[Path]:
+    """The files that a file name, a folder or a pattern stands for, sorted.
+
+    Raises:
+        ValueError: if there are none, or one of an ending that cannot be read.
+    """
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        found = sorted(file for file in Path(expanded).rglob("*") if file.is_file() and _format(file))
+        if not found:
+            raise ValueError(f"No {', '.join(FORMATS)} file in the folder '{path}'.")
+        return found
+    matches = [expanded] if os.path.isfile(expanded) else glob.glob(expanded, recursive=True)
+    found = sorted(Path(match) for match in matches if os.path.isfile(match))
+    if not found:
+        raise ValueError(f"No file matches the data path '{path}' (looked from '{os.getcwd()}').")
+    for file in found:
+        if not _format(file):
+            raise ValueError(f"Cannot read '{file}'; expected a file ending in {', '.join(FORMATS)}.")
+    return found
+
+
+def _format(file: Path) -> str | None:
+    return next((kind for ending, kind in FORMATS.items() if file.name.endswith(ending)), None)
+
+
+def _fingerprint(files: list[Path], text_column: str = "") -> str:
+    total = hashlib.sha256(text_column.encode())
     for path in files:
         with open(path, "rb") as file:
+            total.update(_format(path).encode() if _format(path) else b"")
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
-def find_files(path: str) -> list[Path]:
-    """The readable files that a path or pattern stands for, sorted."""
-    expanded = os.path.expanduser(path)
-    if os.path.isdir(expanded):
-        found = sorted(p for p in Path(expanded).rglob("*") if p.is_file() and ending(p))
-        if not found:
-            raise ValueError(f"No {', '.join(FORMATS)} file in the folder '{path}'.")
-        return found
-    found = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if os.path.isfile(p))
-    if not found:
-        raise ValueError(f"No file matches data path '{path}' (looked from {os.getcwd()}).")
-    for file in found:
-        if not ending(file):
-            raise ValueError(f"Cannot read '{file}': expected a file ending in {', '.join(FORMATS)}.")
-    return found
+def _read_text(file: Path) -> str:
+    try:
+        with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8") as text:
+            return text.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' is not UTF-8 text ({error.reason} at byte {error.start}); convert it.") from None
+    except (OSError, EOFError) as error:
+        raise ValueError(f"Cannot read '{file}' ({_one_line(error)}).") from None
 
 
-def ending(path: Path) -> str | None:
-    return next((known for known in sorted(FORMATS, key=len, reverse=True) if path.name.endswith(known)), None)
-
-
-def files_corpus(path: str, text_column: str) -> Corpus:
-    """Documents of text files (one each) and of the rows of jsonl and parquet files."""
-    files = find_files(path)
-    for file in files:
-        if FORMATS[ending(file)] != "text":
-            _check_column(_rows(file, text_column), file, text_column)
-
-    def documents() -> Iterator[str]:
-        for file in files:
-            if FORMATS[ending(file)] == "text":
-                opener = gzip.open if file.name.endswith(".gz") else open
-                with opener(file, "rt", encoding="utf-8", errors="replace") as text:
-                    yield text.read()
-            else:
-                for row in _rows(file, text_column):
-                    if row[text_column]:
-                        yield row[text_column]
-
-    return Corpus(documents, fingerprint_files(files))
-
-
-def _rows(file: Path, text_column: str):
+def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
     import datasets
 
+    # Not load_dataset, which reports each use of local files to a counter on the network. Streaming, so that no second
+    # copy is written to disk. The name is taken for a pattern.
+    readers = {"json": datasets.Dataset.from_json, "parquet": datasets.Dataset.from_parquet}
     try:
-        return datasets.load_dataset(FORMATS[ending(file)], data_files=str(file), split="train", streaming=True)
+        yield from readers[_format(file)](glob.escape(str(file.absolute())), streaming=True)
+    except StopIteration:  # how an empty file shows
+        return
     except Exception as error:
-        raise ValueError(f"Cannot read '{file}': {error}") from None
+        raise ValueError(f"Cannot read '{file}' ({_one_line(error)}).") from None
 
 
-def _check_column(rows, where, text_column: str) -> None:
-    try:
-        first = next(iter(rows), None)
-    except Exception as error:
-        raise ValueError(f"Cannot read '{where}': {error}") from None
-    if first is None:
-        raise ValueError(f"'{where}' has no rows.")
-    if text_column not in first:
-        raise ValueError(f"'{where}' has no column '{text_column}'; set data.text_column to one of {', '.join(first)}.")
-    if not isinstance(first[text_column], str):
-        raise ValueError(f"Column '{text_column}' of '{where}' holds {type(first[text_column]).__name__}, not text.")
+def _texts(rows: Iterable[dict[str, Any]], where: object, text_column: str) -> Iterator[str]:
+    for row in rows:
+        if text_column not in row:
+            raise ValueError(
+                f"'{where}' has no column '{text_column}'; set data.text_column to one of {', '.join(row)}."
+            )
+        text = row[text_column]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise ValueError(
+                f"Expected text in the column '{text_column}' of '{where}', got {type(text).__name__}; "
+                f"set data.text_column to another of {', '.join(row)}."
+            )
+        yield text
 
 
 def _hub_corpus(config: DataConfig) -> Corpus:
@@ -132,12 +175,12 @@ def _hub_corpus(config: DataConfig) -> Corpus:
         rows = datasets.load_dataset(config.name, config.subset, split=config.split)
     except Exception as error:
         raise ValueError(
-            f"Cannot load the data set '{config.name}' from the Hugging Face hub ({type(error).__name__}: {error}); "
-            "check the name and the network, or use data=files with a local copy."
+            f"Cannot load the data set '{config.name}' from the Hugging Face hub ({_one_line(error)}); "
+            "check the name, the subset, the split and the network, or use data=files with a local copy."
         ) from None
-    _check_column(rows, config.name, config.text_column)
+    fingerprint = hashlib.sha256(f"{rows._fingerprint} {config.text_column}".encode()).hexdigest()
+    return Corpus(lambda: _texts(rows, config.name, config.text_column), fingerprint)
 
-    def documents() -> Iterator[str]:
-        return (row[config.text_column] for row in rows if row[config.text_column])
 
-    return Corpus(documents, hashlib.sha256(f"{rows._fingerprint} {config.text_column}".encode()).hexdigest())
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -15,14 +15,22 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, targets (the next tokens; -100 is not counted) int64 (B, T); position_ids where documents are apart."""
+    """Sequences to train on.
+
+    Args:
+        input_ids: (B, T) int64.
+        targets: (B, T) int64, the next tokens; -100 where none is to be predicted.
+        position_ids: (B, T) int64, from 0 in each document, where documents are kept apart; else None.
+    """
 
     input_ids: Tensor
     targets: Tensor
     position_ids: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
-        def move(x):
+        """The same on another device; to a GPU without waiting for the copy."""
+
+        def move(x: Tensor | None) -> Tensor | None:
             if x is None or device.type == "cpu":
                 return x
             return x.pin_memory().to(device, non_blocking=True)
@@ -31,61 +39,85 @@ class Batch:
 
 
 class Loader:
-    """Windows of seq_len tokens, each once an epoch.
+    """Windows of seq_len tokens, each once an epoch; window w is tokens w*T .. w*T + T, the last only as a target.
 
     Args:
         tokens: the text.
         seq_len: T.
-        seed: of the order; a new one each epoch.
+        seed: of the order, which is another one each epoch.
         end_token: ends a document in `tokens`.
-        cross_document: False restarts position_ids after every end token, and leaves out the targets across it.
-        shuffle: False takes the windows in the order of the text.
+        cross_document: False gives position_ids that begin at 0 in each document, and no target after an end token.
+        shuffle: False takes the windows in the order of the text, whatever the seed.
 
     Raises:
-        ValueError: if the text has no whole window.
+        ValueError: for a negative seed, or if the text has no whole window.
     """
 
-    def __init__(self, tokens: Tokens, *, seq_len: int, seed: int, end_token: int, cross_document=True, shuffle=True):
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        seq_len: int,
+        seed: int,
+        end_token: int,
+        cross_document: bool = True,
+        shuffle: bool = True,
+    ):
+        if seq_len < 1 or seed < 0:
+            raise ValueError(f"Expected seq_len >= 1 and seed >= 0, got seq_len = {seq_len}, seed = {seed}.")
         self.tokens, self.seq_len, self.seed, self.end_token = tokens, seq_len, seed, end_token
         self.cross_document, self.shuffle = cross_document, shuffle
-        self.windows = (len(tokens) - 1) // seq_len
-        if self.windows < 1:
+        self._windows = (len(tokens) - 1) // seq_len
+        if self._windows < 1:
             raise ValueError(
-                f"Too little data: sequences of seq_len = {seq_len} need at least {seq_len + 1} tokens in each split, "
-                f"got {len(tokens)}. Give more text or a shorter seq_len"
-                " (the validation split grows with data.validation_fraction)."
+                f"Too little data: a sequence of seq_len = {seq_len} needs {seq_len + 1} tokens in each split, got "
+                f"{len(tokens)}; give more text, a shorter seq_len or, where it is the validation text that is short, "
+                "a larger data.validation_fraction."
             )
         self.position = 0  # sequences that all ranks together have taken
-        self._epoch, self._order = -1, None
+        self._order_of: tuple[int, int] | None = None  # (seed, epoch) of the order at hand
 
     def __len__(self) -> int:
-        return self.windows
+        """Windows an epoch."""
+        return self._windows
 
     def state_dict(self) -> dict[str, int]:
+        """All that decides what comes next, whatever the number of ranks."""
         return {"seed": self.seed, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.seed, self.position, self._epoch = state["seed"], state["position"], -1
-
-    def _window(self, position: int) -> int:
-        epoch, place = divmod(position, self.windows)
-        if not self.shuffle:
-            return place
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.windows)
-        return int(self._order[place])
+        self.seed, self.position = int(state["seed"]), int(state["position"])
 
     def next_batch(self, count: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Of the next count * world_size sequences those of this rank, in order; all ranks advance alike."""
+        """Of the next count * world_size sequences those of this rank, (count, T); the position moves past all.
+
+        Raises:
+            ValueError: unless count >= 1 and 0 <= rank < world_size.
+        """
+        if count < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"Expected count >= 1 and 0 <= rank < world_size, got count = {count}, rank = {rank}, "
+                f"world_size = {world_size}."
+            )
         first = self.position + rank * count
-        starts = [self._window(first + i) * self.seq_len for i in range(count)]
+        starts = [self._window(position) * self.seq_len for position in range(first, first + count)]
         self.position += count * world_size
         rows = torch.from_numpy(np.stack([self.tokens.read(start, start + self.seq_len + 1) for start in starts]))
-        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        input_ids, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         if self.cross_document:
-            return Batch(inputs, targets, None)
-        place = torch.arange(self.seq_len).expand_as(inputs)
-        after_end = torch.zeros_like(inputs, dtype=torch.bool)
-        after_end[:, 1:] = inputs[:, :-1] == self.end_token
-        begins = torch.where(after_end, place, 0).cummax(-1).values
-        return Batch(inputs, targets.masked_fill(inputs == self.end_token, IGNORE_INDEX), place - begins)
+            return Batch(input_ids, targets, None)
+        ends = input_ids == self.end_token
+        place = torch.arange(self.seq_len).expand_as(input_ids)
+        begins = torch.where(ends.roll(1, dims=1), place, 0).cummax(dim=1).values  # roll: place 0 is 0 either way
+        return Batch(input_ids, targets.masked_fill(ends, IGNORE_INDEX), place - begins)
+
+    def _window(self, position: int) -> int:
+        epoch, place = divmod(position, self._windows)
+        if not self.shuffle:
+            return place
+        if self._order_of != (self.seed, epoch):
+            self._order_of = (self.seed, epoch)
+            # RandomState, whose streams numpy promises to keep: a run resumed under another version goes on alike.
+            bits = np.random.MT19937(np.random.SeedSequence((self.seed, epoch)))
+            self._order = np.random.RandomState(bits).permutation(self._windows)
+        return int(self._order[place])

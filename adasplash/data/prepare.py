@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
+import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from .config import DataConfig
-from .corpus import Corpus, files_corpus, load_corpus
-from .shards import VERSION, ShardWriter, Tokens, batches
+from .corpus import Corpus, load_corpora
+from .shards import VERSION, ShardWriter, Tokens
 from .tokenizer import Tokenizer
+
+SPLITS = ("train", "validation")
+BATCH_CHARACTERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -23,91 +29,139 @@ class TokenSplits:
     validation: Tokens
 
 
-def cache_folder(config: DataConfig) -> Path:
-    if config.cache_dir:
-        return Path(config.cache_dir).expanduser()
-    if chosen := os.environ.get("ADASPLASH_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adasplash"
-
-
-def prepare(config: DataConfig, tokenizer: Tokenizer, *, announce: Callable[[str], None] = print) -> TokenSplits:
+def prepare(data: DataConfig, tokenizer: Tokenizer, *, announce: Callable[[str], None] = print) -> TokenSplits:
     """Token shards of the training and the validation text, built where they are not in the cache yet.
 
+    Memory holds some millions of characters of text at a time, or one document where that is longer.
+
+    Args:
+        data: the corpus and how it is cut.
+        tokenizer: makes the tokens.
+        announce: takes the lines that say what happens.
+
     Raises:
-        ValueError: for a corpus that cannot be read or has too little text.
+        ValueError: for a corpus that cannot be read or has too little text, and for a damaged cache.
     """
-    corpus = load_corpus(config)
-    held_out = files_corpus(config.validation_path, config.text_column) if config.validation_path else None
-    split = held_out.fingerprint if held_out else f"every {round(1 / config.validation_fraction)}"
-    key = f"{VERSION} {corpus.fingerprint} {tokenizer.fingerprint} {split}"
-    folder = cache_folder(config) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not folder.exists():
-        _build(corpus, held_out, tokenizer, config, folder, announce)
-    splits = TokenSplits(*(Tokens(folder / name, tokenizer.fingerprint) for name in ("train", "validation")))
+    corpus, held_out = load_corpora(data)
+    every = round(1 / data.validation_fraction)
+    rule = held_out.fingerprint if held_out else f"1 of {every}"
+    key = f"{VERSION} {corpus.fingerprint} {tokenizer.fingerprint} {rule}"
+    folder = cache_folder(data) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+    found = folder.exists()
+    if not found:
+        announce(f"Building token shards in '{folder}'")
+        _build(hold_out(corpus, every) if held_out is None else _both(corpus, held_out), tokenizer, folder)
+    splits = TokenSplits(*(Tokens(folder / split, tokenizer.fingerprint) for split in SPLITS))
     announce(
-        f"Tokens: {len(splits.train):,} for training, {len(splits.validation):,} for validation "
-        f"({splits.train.documents:,} and {splits.validation.documents:,} documents) in {folder}"
+        f"{'Cached tokens' if found else 'Tokens'}: {len(splits.train):,} for training ({splits.train.documents:,} "
+        f"documents), {len(splits.validation):,} for validation ({splits.validation.documents:,}), in '{folder}'"
     )
     return splits
 
 
-def _build(corpus: Corpus, held_out: Corpus | None, tokenizer, config: DataConfig, folder: Path, announce) -> None:
-    """Into a folder of its own, renamed at the end: two builders do not meet, a killed one leaves nothing valid."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-    how = {"vocab_size": tokenizer.vocab_size, "end_token": tokenizer.end_token, "fingerprint": tokenizer.fingerprint}
-    announce(f"Building token shards in {folder} ...")
+def cache_folder(data: DataConfig) -> Path:
+    """cache_dir, $ADASPLASH_CACHE, $XDG_CACHE_HOME/adasplash or ~/.cache/adasplash: the first that is set."""
+    if chosen := data.cache_dir or os.environ.get("ADASPLASH_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adasplash"
+
+
+def hold_out(corpus: Corpus, every: int) -> Iterator[tuple[str, str]]:
+    """(split, text) of every document: each `every`-th is for validation.
+
+    With fewer documents than that, the last 1 / every of the text is, and a document across the cut is divided.
+    """
+    if sum(1 for _ in itertools.islice(corpus.documents(), every)) == every:
+        for number, text in enumerate(corpus.documents(), start=1):
+            yield SPLITS[number % every == 0], text
+        return
+    characters = sum(len(text) for text in corpus.documents())
+    cut = characters - characters // every
+    for text in corpus.documents():
+        yield "train", text[:cut]
+        yield "validation", text[cut:]
+        cut = max(0, cut - len(text))
+
+
+def _both(corpus: Corpus, held_out: Corpus) -> Iterator[tuple[str, str]]:
+    for split, part in zip(SPLITS, (corpus, held_out), strict=True):
+        for text in part.documents():
+            yield split, text
+
+
+def _build(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, folder: Path) -> None:
+    """In a folder of its own, renamed at the end: two builders do not meet, a killed one leaves nothing valid."""
     try:
-        writers = {name: ShardWriter(building / name, **how) for name in ("train", "validation")}
-        every = round(1 / config.validation_fraction)
-        with _Progress() as progress:
-            number = 0
-            for texts in batches(corpus.documents()):
-                for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                    out = held_out is None and number % every == every - 1
-                    writers["validation" if out else "train"].add(ids, len(text.encode("utf-8", "replace")))
-                    number += 1
-                    progress.add(len(ids))
-            for texts in batches(held_out.documents()) if held_out else ():
-                for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                    writers["validation"].add(ids, len(text.encode("utf-8", "replace")))
-                    progress.add(len(ids))
-        for name, writer in writers.items():
-            if not writer.total:
-                raise ValueError(
-                    f"The corpus has {number} documents, which leaves none for {name}; give more documents, "
-                    f"a data.validation_path, or a data.validation_fraction of at least 1/{max(number, 2)}."
-                )
-            writer.close()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
+        building = Path(tempfile.mkdtemp(prefix=f".building-{socket.gethostname()}-{os.getpid()}-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(
+            f"Cannot write token shards in '{folder.parent}' ({error.strerror}); set data.cache_dir or ADASPLASH_CACHE."
+        ) from None
+    try:
+        writers = {split: ShardWriter(building / split, tokenizer) for split in SPLITS}
+        with _progress() as advance:
+            for group in _groups(documents):
+                ids = tokenizer.encode_batch([text for _, text in group])
+                for (split, text), tokens in zip(group, ids, strict=True):
+                    writers[split].add(tokens, len(text.encode()))
+                    advance(len(tokens) + 1)
+        for split, writer in writers.items():
+            if writer.finish() == 0:
+                raise ValueError(f"The corpus has too little text: none is left for {split}; give more text.")
+        building.chmod(0o777 & ~_umask())  # mkdtemp makes it private, the cache may be shared
         try:
             building.rename(folder)
         except OSError:
-            if not folder.exists():  # else somebody else was faster: the same content
+            if not folder.exists():  # else another process was faster, with the same content
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-class _Progress:
-    """A live line of how many tokens there are, on a terminal."""
+def _remove_abandoned(cache: Path) -> None:
+    """What killed builds of this machine have left."""
+    for left in cache.glob(f".building-{socket.gethostname()}-*"):
+        try:
+            os.kill(int(left.name.split("-")[-2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:  # alive, somebody else's
+            continue
 
-    def __enter__(self):
-        self.bar = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeElapsedColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("tokens", total=None)
-        return self
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
-    def add(self, tokens: int) -> None:
-        if self.bar:
-            self.bar.advance(self.task, tokens)
 
-    def __exit__(self, *exception):
-        if self.bar:
-            self.bar.stop()
+def _groups(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Documents with any text, in groups of bounded size."""
+    group, size = [], 0
+    for split, text in documents:
+        if not text:
+            continue
+        group.append((split, text))
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], None]]:
+    """On a terminal, a live line with the tokens so far; takes how many there are more."""
+    if not sys.stderr.isatty():
+        yield lambda tokens: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("tokens", total=None)
+        yield lambda tokens: bar.advance(task, tokens)

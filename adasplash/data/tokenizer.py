@@ -5,141 +5,166 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from .config import TokenizerConfig, check_name
 
-THREADS = min(8, os.cpu_count() or 1)
 
+class Tokenizer(ABC):
+    """Text to token ids and back; the spelling of a special token in a text is ordinary text.
 
-class Tokenizer(Protocol):
-    """Text to token ids; special tokens in a text are ordinary text.
-
-    vocab_size: ids are below it; end_token: the id that ends a document; fingerprint: of everything that decides the ids.
+    vocab_size: every id is below it.
+    end_token: the id that ends a document; no text encodes to it.
+    fingerprint: of everything that decides the ids.
     """
 
     vocab_size: int
     end_token: int
     fingerprint: str
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (T,) uint32, without an end token."""
 
-    def decode(self, ids) -> str: ...
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of each text, on all processors."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.encode, texts))
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids."""
 
 
-class ByteTokenizer:
+def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that a configuration names.
+
+    Raises:
+        ValueError: with one sentence where it is unknown or not on this machine; nothing is ever downloaded.
+    """
+    if config.kind == "bytes":
+        return ByteTokenizer()
+    return TiktokenTokenizer(config.name) if config.kind == "tiktoken" else HuggingFaceTokenizer(config.name)
+
+
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes 0..255, and 256 as the end of a document."""
 
     vocab_size, end_token, fingerprint = 257, 256, "bytes-1"
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8) for text in texts]
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
-    def decode(self, ids) -> str:
-        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(int(i) for i in ids if i != self.end_token).decode(errors="replace")
 
 
-class TiktokenTokenizer:
-    """An encoding of tiktoken, from its cache or a download that the user is told about."""
+class TiktokenTokenizer(Tokenizer):
+    """An encoding of tiktoken, by its name, from tiktoken's cache on this machine."""
 
     def __init__(self, name: str):
         import tiktoken
 
         check_name("tiktoken encoding", name, tiktoken.list_encoding_names())
-        _check_tiktoken_cache(name)
-        self.encoding = tiktoken.get_encoding(name)
-        self.vocab_size, self.end_token = self.encoding.n_vocab, self.encoding.eot_token
-        self.fingerprint = f"tiktoken-{name}-{self.vocab_size}"
+        parts = _load_encoding(name)
+        self._encoding = tiktoken.Encoding(**parts)
+        self.vocab_size, self.end_token = self._encoding.n_vocab, self._encoding.eot_token
+        content = (parts["pat_str"], sorted(parts["mergeable_ranks"].items()), sorted(parts["special_tokens"].items()))
+        self.fingerprint = f"tiktoken-{hashlib.sha256(repr(content).encode()).hexdigest()}"
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        ids = self.encoding.encode_ordinary_batch(texts, num_threads=THREADS)
-        return [np.asarray(document, dtype=np.uint32) for document in ids]
+    def encode(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
 
-    def decode(self, ids) -> str:
-        return self.encoding.decode([int(i) for i in ids])
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoding.decode([int(i) for i in ids])
 
 
-def _check_tiktoken_cache(name: str) -> None:
-    """tiktoken downloads what its cache lacks, without a time-out of its own: without a network it would hang."""
+def _load_encoding(name: str) -> dict:
+    """The parts of an encoding, from cached files alone.
+
+    tiktoken would fetch a file that is missing or damaged without a time-out, and wait for ever where there is no
+    network; so its reader is replaced while the encoding is put together.
+    """
     import tiktoken.load
-    import tiktoken_ext.openai_public as public
+    import tiktoken.registry
 
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
-    folder = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
-    addresses: list[str] = []
+    folder = next(
+        (os.environ[variable] for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR") if variable in os.environ),
+        os.path.join(tempfile.gettempdir(), "data-gym-cache"),
+    )
+    missing: list[str] = []
 
-    class Named(Exception):
-        pass
+    def read_cached(address: str, expected_hash: str | None = None) -> bytes:
+        key = hashlib.sha1(address.encode()).hexdigest()
+        try:
+            content = Path(folder, key).read_bytes()
+        except OSError:
+            content = b""
+        if not content or (expected_hash and hashlib.sha256(content).hexdigest() != expected_hash):
+            missing.append(f"{key} ({address.rpartition('/')[2]})")
+        return content
 
-    def note(address: str, *arguments) -> bytes:
-        addresses.append(address)
-        raise Named
-
-    constructor = public.ENCODING_CONSTRUCTORS.get(name)
-    if constructor is None:  # from another plug-in: its own business
-        return
-    original, tiktoken.load.read_file_cached = tiktoken.load.read_file_cached, note
+    parts = None
+    original, tiktoken.load.read_file_cached = tiktoken.load.read_file_cached, read_cached
     try:
-        constructor()
-    except Named:
-        pass
+        parts = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+    except Exception:
+        if not missing:  # else it failed for want of those, which the message below says
+            raise
     finally:
         tiktoken.load.read_file_cached = original
-    missing = [a for a in addresses if not (folder / hashlib.sha1(a.encode()).hexdigest()).is_file()]
-    if not missing or os.environ.get("ADASPLASH_DOWNLOAD") == "1":
-        return
-    names = ", ".join(hashlib.sha1(address.encode()).hexdigest() for address in missing)
-    raise ValueError(
-        f"tiktoken's encoding '{name}' is not in its cache '{folder}' (missing {names}). Set TIKTOKEN_CACHE_DIR to a "
-        "folder that has it, set ADASPLASH_DOWNLOAD=1 to let tiktoken download it, or use tokenizer=bytes."
-    )
+    if missing:
+        raise ValueError(
+            f"The files of tiktoken's encoding '{name}' are not in its cache '{folder}', or are damaged there: expected "
+            f"{', '.join(missing)}; set TIKTOKEN_CACHE_DIR to a folder that has them, fill it where there is a network "
+            f"with python -c \"import tiktoken; tiktoken.get_encoding('{name}')\", or use tokenizer=bytes."
+        )
+    return parts
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A transformers tokenizer from a local folder."""
+
+    FILES = ("*token*", "vocab*", "merges*", "*.model")  # what decides the ids, and no weights
 
     def __init__(self, path: str):
         folder = Path(path).expanduser()
         if not folder.is_dir():
-            raise ValueError(f"No folder '{path}': tokenizer=huggingface needs the folder of a saved tokenizer.")
+            raise ValueError(f"No folder '{path}'; tokenizer=huggingface needs the folder of a saved tokenizer.")
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:
-            raise ValueError(f"No transformers tokenizer in '{path}': {error}") from None
-        ends = (
-            self.tokenizer.eos_token_id,
-            self.tokenizer.sep_token_id,
-            self.tokenizer.get_vocab().get("<|endoftext|>"),
-        )
-        end = next((i for i in ends if i is not None), None)
-        if end is None:
-            raise ValueError(f"The tokenizer in '{path}' has neither an end nor a separator token to part documents.")
-        self.end_token, self.vocab_size = end, len(self.tokenizer)
+            raise ValueError(
+                f"No transformers tokenizer in the folder '{path}' ({' '.join(str(error).split())[:200]})."
+            ) from None
+        vocabulary = self._tokenizer.get_vocab()
+        # A bare tokenizer.json names no end token; <|endoftext|> is then the usual one.
+        ends = (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id, vocabulary.get("<|endoftext|>"))
+        self.end_token = next((end for end in ends if end is not None), None)
+        if self.end_token is None:
+            raise ValueError(f"The tokenizer in '{path}' has no eos and no sep token to end documents; set one in it.")
+        self.vocab_size = max(vocabulary.values()) + 1
         content = hashlib.sha256()
-        for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model")):
-            content.update(file.name.encode() + file.read_bytes())
-        self.fingerprint = f"huggingface-{content.hexdigest()[:16]}"
+        for file in sorted({file for pattern in self.FILES for file in folder.glob(pattern) if file.is_file()}):
+            content.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+        self.fingerprint = f"huggingface-{content.hexdigest()}"
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        def encode(text: str) -> np.ndarray:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return np.asarray(ids, dtype=np.uint32)
+        # It runs a batch on all processors by itself, and is not safe to call from several threads.
+        encoded = self._tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        return [np.asarray(ids, dtype=np.uint32) for ids in encoded["input_ids"]]
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(encode, texts))
-
-    def decode(self, ids) -> str:
-        return self.tokenizer.decode([int(i) for i in ids])
-
-
-def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer a configuration names. Raises ValueError with one sentence where it cannot be had."""
-    if config.kind == "bytes":
-        return ByteTokenizer()
-    return TiktokenTokenizer(config.name) if config.kind == "tiktoken" else HuggingFaceTokenizer(config.name)
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)

@@ -18,7 +18,7 @@ def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     logits = (hidden @ weight.T).float()
     normaliser = logits.logsumexp(-1, keepdim=True)
     counted = targets != IGNORE_INDEX
-    chosen = logits.gather(-1, targets.clamp(min=0)[:, None])
+    chosen = logits.gather(-1, targets.where(counted, 0)[:, None])  # any other negative target is out of range
     return torch.where(counted, (normaliser - chosen)[:, 0], 0.0), logits, normaliser
 
 
@@ -74,7 +74,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 @torch.no_grad()
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Per-token losses, float32 (N,), 0 where the target is -100; arguments as in `summed_cross_entropy`; no gradient."""
+    """Per-token losses, float32 (N,), 0 where the target is -100; arguments as in `summed_cross_entropy`."""
     if torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(torch.get_autocast_dtype(hidden.device.type))  # once, not once a chunk
     return torch.cat(

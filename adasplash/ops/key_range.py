@@ -25,7 +25,7 @@ class TileBounds(NamedTuple):
     all_stop: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # comparing tensors has no truth value
 class KeyRange:
     """Half-open ranges of visible keys, one per query.
 
@@ -75,7 +75,12 @@ class KeyRange:
             keep: (B, Tk), bool or 0/1, the usual `attention_mask`. The kept keys of a sample must be contiguous;
                 this is not checked here, since it would wait for the GPU (`check_padding` does).
             query_length: Tq; by default Tk.
+
+        Raises:
+            ValueError: if keep is not two-dimensional.
         """
+        if keep.ndim != 2:
+            raise ValueError(f"Expected a padding mask of shape (batch, keys), got {tuple(keep.shape)}.")
         keep = keep.to(torch.bool)
         key_length = keep.shape[-1]
         place = torch.arange(key_length, device=keep.device, dtype=torch.int32)
@@ -90,7 +95,12 @@ class KeyRange:
 
         Args:
             position_ids: (B or 1, T); a new document starts wherever a position does not follow the one before it.
+
+        Raises:
+            ValueError: if position_ids is not two-dimensional.
         """
+        if position_ids.ndim != 2:
+            raise ValueError(f"Expected position_ids of shape (batch or 1, length), got {tuple(position_ids.shape)}.")
         length = position_ids.shape[-1]
         place = torch.arange(length, device=position_ids.device).expand_as(position_ids)
         first = torch.ones_like(position_ids, dtype=torch.bool)
@@ -118,7 +128,11 @@ class KeyRange:
     # ------------------------------------------------------------------------------------------------ operations
 
     def __and__(self, other: KeyRange) -> KeyRange:
-        """Keys that both ranges allow."""
+        """Keys that both ranges allow. Raises ValueError unless both are of as many queries."""
+        if self.query_length != other.query_length:
+            raise ValueError(
+                f"Expected two ranges of as many queries, got {self.query_length} and {other.query_length}."
+            )
         return KeyRange(torch.maximum(self.start, other.start), torch.minimum(self.stop, other.stop))
 
     @property

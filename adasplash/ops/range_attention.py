@@ -17,6 +17,14 @@ from .key_range import KeyRange
 SCORES_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
+def text_positions(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in the text, (B, H, Tq) and (B, G, Tk), of queries and keys in order: the last query beside the last key."""
+    query_length, key_length = q.shape[2], k.shape[2]
+    query_positions = torch.arange(query_length, device=q.device) + (key_length - query_length)
+    key_positions = torch.arange(key_length, device=q.device)
+    return query_positions.expand(q.shape[:3]), key_positions.expand(k.shape[:3])
+
+
 def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """-slope * |i - j| (Press et al. 2022): slopes (H,) or (B, H), positions (B, H, rows) and (B, H, keys)."""
     distance = (query_positions[..., :, None] - key_positions[..., None, :]).abs()
@@ -78,12 +86,12 @@ def range_attention(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
 ) -> Tensor:
-    """entmax attention with ranges; alpha = 1 is softmax.
+    """entmax attention with ranges; alpha = 1 is softmax. Autocast changes nothing: float32 inside.
 
     Args:
         q: (B, H, Tq, D); k, v: (B, G, Tk, D), H a multiple of G.
         key_range: ranges (B, H, Tq).
-        alpha: a number, or a tensor that broadcasts to (B, H, Tq, 1).
+        alpha: a number, or a tensor that broadcasts to (B, H, 1, 1).
         alibi_slopes: (H,) or (B, H).
         query_positions, key_positions: (B, H, Tq) and (B, G, Tk), places in the text that ALiBi measures distances
             between; by default the order given, the last query beside the last key.
@@ -91,34 +99,30 @@ def range_attention(
     Returns:
         (B, H, Tq, D) in q's dtype; 0 where a query sees no key.
     """
-    batch, heads, query_length, _ = q.shape
-    groups, key_length = k.shape[1:3]
-    if query_length == 0 or key_length == 0:
+    if q.shape[2] == 0 or k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
-    if alibi_slopes is not None and query_positions is None:
-        query_positions = torch.arange(query_length, device=q.device) + (key_length - query_length)
-        query_positions = query_positions.expand(batch, heads, -1)
-    if alibi_slopes is not None and key_positions is None:
-        key_positions = torch.arange(key_length, device=q.device).expand(batch, groups, -1)
+    if query_positions is None:
+        query_positions, key_positions = text_positions(q, k)
     out = []
     chunks = list(row_chunks(q, k, key_range))
-    for begin, end, first, last in chunks:
-        inputs = (
-            q[:, :, begin:end],
-            k[:, :, first:last],
-            v[:, :, first:last],
-            key_range.start[..., begin:end],
-            key_range.stop[..., begin:end],
-            alpha[..., begin:end, :] if isinstance(alpha, Tensor) and alpha.ndim and alpha.shape[-2] > 1 else alpha,
-            scale,
-            alibi_slopes,
-            None if alibi_slopes is None else query_positions[..., begin:end],
-            None if alibi_slopes is None else key_positions[..., first:last],
-            first,
-        )
-        if len(chunks) > 1 and torch.is_grad_enabled():
-            # the scores of a chunk are computed again in the backward pass instead of being kept
-            out.append(checkpoint(_attend_chunk, *inputs, use_reentrant=False, preserve_rng_state=False))
-        else:
-            out.append(_attend_chunk(*inputs))
-    return torch.cat(out, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        for begin, end, first, last in chunks:
+            inputs = (
+                q[:, :, begin:end],
+                k[:, :, first:last],
+                v[:, :, first:last],
+                key_range.start[..., begin:end],
+                key_range.stop[..., begin:end],
+                alpha,
+                scale,
+                alibi_slopes,
+                query_positions[..., begin:end],
+                key_positions[..., first:last],
+                first,
+            )
+            if len(chunks) > 1 and torch.is_grad_enabled():
+                # the scores of a chunk are computed again in the backward pass instead of being kept
+                out.append(checkpoint(_attend_chunk, *inputs, use_reentrant=False, preserve_rng_state=False))
+            else:
+                out.append(_attend_chunk(*inputs))
+        return torch.cat(out, 2)

@@ -38,7 +38,8 @@ def restore_rows(x: Tensor, order: Tensor) -> Tensor:
 
 def hash_buckets(x: Tensor, directions: Tensor) -> Tensor:
     """Angular LSH: argmax of [x R, -x R]; x (B, G, T, D), directions R (G, D, n_buckets / 2) -> int64 (B, G, T)."""
-    projected = x.float() @ directions.float()
+    with torch.autocast(x.device.type, enabled=False):
+        projected = x.detach().float() @ directions.float()
     return torch.cat([projected, -projected], -1).argmax(-1)
 
 

@@ -113,11 +113,11 @@ def keep_mask(x: Tensor, drop: float, *, score: str = "random", per_head: bool =
 
     The choice by norm looks at the whole sequence, and so does not keep the future from the past: a training device.
     """
-    norm = None if score == "random" else x.detach().float().norm(dim=-1)
-    shape = x.shape[:3] if per_head else (x.shape[0], 1, x.shape[2])
     if score == "random":
+        shape = x.shape[:3] if per_head else (x.shape[0], 1, x.shape[2])
         kept = torch.rand(shape, device=x.device) >= drop
     elif score == "norm":
+        norm = x.detach().float().norm(dim=-1)
         norm = norm if per_head else norm.mean(1, keepdim=True)
         kept = norm.argsort(dim=-1, stable=True).argsort(-1) >= round(drop * x.shape[2])
     else:

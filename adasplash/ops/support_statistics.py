@@ -10,13 +10,17 @@ from torch import Tensor
 
 from .entmax.reference import entmax
 from .key_range import KeyRange
-from .range_attention import chunk_scores, row_chunks
+from .range_attention import chunk_scores, row_chunks, text_positions
 
 TILE = 64
 
 
 class SupportStatistics(NamedTuple):
-    """float32 (H,) each: share of the visible 64 x 64 tiles that hold a pair with weight, and keys per query with weight."""
+    """float32 (H,) each.
+
+    density: share of the visible 64 x 64 tiles that hold a pair with weight.
+    support: keys with weight per query.
+    """
 
     density: Tensor
     support: Tensor
@@ -56,29 +60,25 @@ def support_statistics(
     `tiles` (H,) is the number of tiles that density is a share of, by default those that `key_range` sees.
     """
     batch, heads, query_length, _ = q.shape
-    groups, key_length = k.shape[1:3]
-    if alibi_slopes is not None and query_positions is None:
-        query_positions = (torch.arange(query_length, device=q.device) + (key_length - query_length)).expand(
-            batch, heads, -1
-        )
-    if alibi_slopes is not None and key_positions is None:
-        key_positions = torch.arange(key_length, device=q.device).expand(batch, groups, -1)
+    if query_positions is None:
+        query_positions, key_positions = text_positions(q, k)
     active = torch.zeros(heads, device=q.device)
     support = torch.zeros(heads, device=q.device)
     for begin, end, first, last in row_chunks(q, k, key_range, tile=TILE):
-        scores = chunk_scores(
-            q[:, :, begin:end],
-            k[:, :, first:last],
-            key_range.start[..., begin:end],
-            key_range.stop[..., begin:end],
-            scale,
-            alibi_slopes,
-            None if alibi_slopes is None else query_positions[..., begin:end],
-            None if alibi_slopes is None else key_positions[..., first:last],
-            first,
-        )
+        with torch.autocast(q.device.type, enabled=False):
+            scores = chunk_scores(
+                q[:, :, begin:end],
+                k[:, :, first:last],
+                key_range.start[..., begin:end],
+                key_range.stop[..., begin:end],
+                scale,
+                alibi_slopes,
+                query_positions[..., begin:end],
+                key_positions[..., first:last],
+                first,
+            )
         weighted = entmax(scores, alpha) > 0
         support += weighted.sum((0, 2, 3))
         active += count_tiles(weighted)
-    tiles = visible_tiles(key_range, key_length) if tiles is None else tiles
+    tiles = visible_tiles(key_range, k.shape[2]) if tiles is None else tiles
     return SupportStatistics(active / tiles.clamp(min=1), support / (batch * query_length))

@@ -144,7 +144,8 @@ class _Run:
         self.model.train()
         torch.manual_seed(config.seed + 1 + ranks.rank)
         if config.activation_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name since transformers 5.20
+            (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.backends = attention_backends(self.model)
         self.optimizers = build_optimizers(self.model, config.optim)
         loss = LanguageModelLoss(self.model)

@@ -39,18 +39,32 @@ class OptimConfig:
         check_choice("optim", self.kind, ("adamw", "muon"))
         check_choice("optim.schedule", self.schedule, ("cosine", "wsd"))
         for name in ("learning_rate", "muon_learning_rate", "eps", "gradient_clip"):
-            if not getattr(self, name) > 0:
+            finite = name == "gradient_clip" or math.isfinite(getattr(self, name))  # an infinite clip does not clip
+            if not (finite and getattr(self, name) > 0):
                 raise ValueError(f"Expected optim.{name} above 0, got {getattr(self, name)}.")
         for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Expected optim.{name} between 0 and 1, got {getattr(self, name)}.")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"Expected optim.weight_decay of at least 0, got {self.weight_decay}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"Expected optim.betas of at least 0 and below 1, got {self.betas}.")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                "Expected optim.warmup_fraction + optim.decay_fraction of at most 1 for schedule wsd, "
+                f"got {self.warmup_fraction} + {self.decay_fraction}."
+            )
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
-    """AdamW alone, or Muon and AdamW; weights of two and more dimensions decay, biases, gains and scalars do not."""
+    """AdamW alone, or AdamW and Muon; weights of two and more dimensions decay, biases, gains and scalars do not.
+
+    Raises:
+        ValueError: if no parameter requires a gradient.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]  # tied ones come once
+    if not parameters:
+        raise ValueError("Expected a model with parameters to train, got none that requires a gradient.")
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     if (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:
         tables.add(id(head.weight))
@@ -62,10 +76,11 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = all(p.is_cuda for p in rest)
-    optimizers: list[Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
-    ]
+    optimizers: list[Optimizer] = []
+    if rest:
+        fused = all(p.is_cuda for p in rest)
+        adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+        optimizers.append(adamw)
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
     for optimizer in optimizers:

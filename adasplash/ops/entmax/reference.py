@@ -107,9 +107,11 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
         Same shape and dtype as x. A row that is masked throughout gives zeros.
 
     Raises:
-        ValueError: for an alpha outside [1, 2] or one that does not broadcast.
+        ValueError: for an alpha outside [1, 2] or one that does not broadcast, or an x that is not of a floating type.
     """
     check_alpha(alpha)
+    if not x.is_floating_point():
+        raise ValueError(f"entmax expects a floating point x, got {x.dtype}.")
     if x.ndim == 0:
         raise ValueError("entmax expects at least one dimension, got a scalar.")
     x = x.movedim(dim, -1)

@@ -1,0 +1,93 @@
+"""The typed border: keys, types, defaults, and the run's name."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from adasplash.training import TrainConfig, check_overrides, from_mapping, groups_of
+
+ROOT = Path(__file__).parents[2]
+GROUPS = groups_of(ROOT / "configs")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"seqlen": 3}, "'seqlen'. Did you mean 'seq_len'"),
+        ({"optim": {"learnin_rate": 3}}, "'optim.learnin_rate'. Did you mean 'learning_rate'"),
+        ({"steps": "many"}, "steps of type int, got 'many'"),
+        ({"steps": True}, "steps of type int, got True"),
+        ({"steps": 0}, "steps of at least 1, got 0"),
+        ({"attention": {"name": "adaspash"}}, "Did you mean 'adasplash'"),
+        ({"attention": {"name": "adasplash", "alhpa": 1.5}}, "Did you mean 'alpha'"),
+        ({"attention": {"name": "adasplash", "alpha": 3.0}}, "1 < alpha <= 2"),
+        ({"wandb": "yes"}, "off, offline, online"),
+        ({"seq_len": 48, "batch_tokens": 100}, "nearest is batch_tokens=96"),
+        ({"checkpoint": {"keep": 0}}, "checkpoint.keep of at least 1"),
+    ],
+)
+def test_bad_values_are_told_in_a_sentence(values, told):
+    with pytest.raises(ValueError) as error:
+        from_mapping(TrainConfig, values)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("attention=adaspash", "Did you mean 'adasplash'"),
+        ("attention=flash,sofmax", "Did you mean 'softmax'"),
+        ("seqlen=3", "Did you mean 'seq_len'"),
+        ("path=x", "Did you mean 'data.path'"),
+        ("attention.alhpa=2", "Did you mean 'attention.alpha'"),
+        ("attention", "Expected key=value"),
+    ],
+)
+def test_command_line_typos_name_the_nearest(word, told):
+    with pytest.raises(ValueError) as error:
+        check_overrides([word], TrainConfig, GROUPS)
+    assert told in str(error.value)
+
+
+def test_right_command_lines_pass():
+    words = ["-m", "attention=softmax,flash", "seq_len=8192,16384", "attention.alpha=1.25", "+model.config.n_layer=2"]
+    check_overrides([*words, "optim.betas=[0.9,0.99]", "hydra.verbose=true", "experiment=null"], TrainConfig, GROUPS)
+
+
+def test_mapping_round_trip():
+    config = from_mapping(
+        TrainConfig, {"attention": {"name": "adasplash", "alpha": 1.25}, "optim": {"betas": [0.8, 0.9]}}
+    )
+    assert from_mapping(TrainConfig, config.to_mapping()) == config
+    assert config.optim.betas == (0.8, 0.9)
+
+
+def test_defaults_follow_the_device():
+    cpu, gpu = (TrainConfig().with_device_defaults(cuda) for cuda in (False, True))
+    assert (cpu.precision, cpu.compile, gpu.precision, gpu.compile) == ("fp32", False, "bf16", True)
+    for config in (cpu, gpu, TrainConfig(seq_len=16384).with_device_defaults(False)):
+        assert config.batch_tokens % config.seq_len == 0 and config.batch_tokens >= config.seq_len
+        assert config.with_device_defaults(False) == config  # decided once
+
+
+def test_run_name_follows_the_experiment_and_nothing_else():
+    config = TrainConfig().with_device_defaults(False)
+    same = dataclasses.replace(config, wandb="offline", run_dir="elsewhere", resume="never", log_every=1)
+    assert same.run_name() == config.run_name()
+    assert dataclasses.replace(config, seed=1).run_name() != config.run_name()
+
+
+def test_every_configuration_file_composes_into_a_typed_one():
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        for group, members in GROUPS.items():
+            for member in members:
+                extra = {"files": ["data.path=x"], "hub": ["data.name=x"], "huggingface": ["tokenizer.name=x"]}
+                model = [] if group == "model" else ["model=small"]
+                overrides = [*model, f"{group}={member}", *extra.get(member, [])]
+                composed = compose("train", overrides)
+                values = OmegaConf.to_container(composed, resolve=True)
+                from_mapping(TrainConfig, values)

@@ -1,0 +1,168 @@
+"""A run as a whole: it learns, resumes exactly, stops when told, and says what is wrong."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import adasplash
+from adasplash.attention import BACKENDS
+from adasplash.training import TrainingDiverged, loop, train
+from adasplash.training.log import read_metrics
+
+
+def losses(folder):
+    return {row["step"]: row["train/loss"] for row in read_metrics(folder) if "train/loss" in row}
+
+
+class Stop(Exception):
+    pass
+
+
+def kill_after(monkeypatch, step):
+    """The process dies in the middle of a step, without a chance to save."""
+    original = loop._Run._train_step
+
+    def dying(self, stop):
+        if self.step == step:
+            raise Stop
+        return original(self, stop)
+
+    monkeypatch.setattr(loop._Run, "_train_step", dying)
+
+
+@pytest.mark.parametrize("attention", sorted(BACKENDS))
+def test_every_backend_trains_evaluates_and_exports(tiny, attention):
+    summary = train(tiny(attention={"name": attention}, steps=4))
+    assert summary["status"] == "finished" and math.isfinite(summary["val/loss"])
+    folder = tiny().run_dir
+    model = adasplash.from_pretrained(f"{folder}/export")
+    assert model.config.adasplash_attention["name"] == attention
+    rows = read_metrics(__import__("pathlib").Path(folder))
+    assert all("step" in row for row in rows)
+    names = {name for row in rows for name in row}
+    assert {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/perplexity", "val/bits_per_byte"} <= names
+    assert {"perf/tokens_per_s", "perf/step_ms"} <= names
+    assert ("attention/density/layer01" in names) == (attention in ("adasplash", "hash_sparse", "qk_sparse"))
+
+
+def test_it_learns(tiny):
+    summary = train(tiny(steps=150, optim={"learning_rate": 1e-2}, eval={"tokens": 512, "every": 150}))
+    assert summary["val/loss"] < summary["unigram_entropy"] - 0.2
+
+
+@pytest.mark.parametrize(
+    "attention", [{"name": "adasplash"}, {"name": "qk_sparse"}, {"name": "hash_sparse", "resample": True}]
+)
+def test_resumed_twice_equals_never_stopped_bit_for_bit(tiny, tmp_path, monkeypatch, attention):
+    """Also with random masks and directions, whose random numbers go on where they were."""
+    whole = tiny(attention=attention, run_dir=str(tmp_path / "whole"), steps=7)
+    train(whole)
+    stopped = dataclasses.replace(whole, run_dir=str(tmp_path / "stopped"))
+    for step in (3, 5):
+        with monkeypatch.context() as patch:
+            kill_after(patch, step)
+            with pytest.raises(Stop):
+                train(stopped)
+    train(stopped)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    steps = [(row["step"], "val/loss" in row) for row in read_metrics(tmp_path / "stopped")]
+    assert len(steps) == len(set(steps))  # no row twice
+
+
+def test_a_signal_saves_and_stops(tiny, tmp_path, monkeypatch):
+    original = loop._Run._train_step
+
+    def interrupted(self, stop):
+        if self.step == 2:
+            stop.received = 15
+        return original(self, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_train_step", interrupted)
+        summary = train(tiny(checkpoint={"every": 100}))
+    assert (summary["status"], summary["signal"], summary["step"]) == ("stopped", 15, 3)
+    assert train(tiny(checkpoint={"every": 100}))["status"] == "finished"
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_finished_runs_are_not_run_again_and_never_starts_beside(tiny, tmp_path, capsys):
+    train(tiny())
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert train(tiny())["status"] == "finished"
+    assert "is finished" in capsys.readouterr().out
+    assert train(tiny(resume="never"))["run_dir"] == str(tmp_path / "run-2")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_of_another_run_is_refused(tiny):
+    train(tiny(steps=1))
+    with pytest.raises(ValueError, match="started with seed = 0, now it is 1"):
+        train(tiny(steps=1, seed=1))
+
+
+def test_non_finite_steps_are_skipped_and_too_many_stop(tiny, tmp_path, monkeypatch):
+    original = loop.LanguageModelLoss.forward
+    calls = []
+
+    def sometimes(self, *inputs):
+        calls.append(None)
+        return original(self, *inputs) * (float("nan") if len(calls) == 2 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.LanguageModelLoss, "forward", sometimes)
+        summary = train(tiny())
+    assert summary["skipped_steps"] == 1 and math.isfinite(summary["val/loss"])
+    assert losses(tmp_path / "run")[2] is None
+    json.loads((tmp_path / "run" / "summary.json").read_text())
+
+    monkeypatch.setattr(loop.LanguageModelLoss, "forward", lambda self, *inputs: original(self, *inputs) * float("inf"))
+    with pytest.raises(TrainingDiverged, match="3 steps in a row"):
+        train(tiny(run_dir=str(tmp_path / "diverged"), max_nonfinite=3))
+
+
+def test_accumulation_does_not_change_the_loss(tiny, tmp_path):
+    """Documents apart, so that the micro-batches count different numbers of targets."""
+    data = dataclasses.asdict(tiny().data) | {"cross_document": False}
+    for micro in (32, 128):
+        train(tiny(data=data, micro_batch_tokens=micro, run_dir=str(tmp_path / f"micro-{micro}")))
+    small, large = (losses(tmp_path / f"micro-{micro}") for micro in (32, 128))
+    assert small.keys() == large.keys()
+    assert all(abs(small[step] - large[step]) < 1e-4 for step in small)
+
+
+def test_activation_checkpointing_and_schedules_leave_the_loss(tiny, tmp_path):
+    for on in (False, True):
+        train(tiny(attention={"name": "qk_sparse"}, activation_checkpointing=on, run_dir=str(tmp_path / f"{on}")))
+    plain, recomputed = losses(tmp_path / "False"), losses(tmp_path / "True")
+    assert all(abs(plain[step] - recomputed[step]) < 1e-5 for step in plain)
+
+
+def test_alpha_is_scheduled_in_training(tiny, tmp_path):
+    attention = {"name": "adasplash", "alpha_start": 1.1, "alpha_steps": 4}
+    train(tiny(attention=attention))
+    state = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    alphas = [value.item() for name, value in state.items() if name.endswith("attention_backend.alpha")]
+    assert alphas == pytest.approx([1.5, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seq_len": 1 << 20, "batch_tokens": 1 << 20}, "Too little|too little|needs? at least"),
+        ({"device": "cuda"}, "no GPU"),
+        ({"parallel": {"kind": "ddp"}}, "torchrun"),
+        ({"init_from": "nowhere"}, "nowhere"),
+        ({"resume": "nowhere"}, "no run folder"),
+    ],
+)
+def test_bad_starts_are_told_in_a_sentence(tiny, changes, told):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=told):
+        train(tiny(**changes))
