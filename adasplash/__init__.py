@@ -1,13 +1,12 @@
 """Training language models on long contexts with attention that is exactly sparse.
 
 The operations need torch alone. What needs transformers (`patch_attention`, `from_pretrained`, `register`) is imported
-at first use; the attention implementation "adasplash" is registered with transformers once both are imported.
+at first use. The attention implementation "adasplash" is registered here where transformers is already imported, else by
+the first of those three that is called.
 """
 
 import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.util import find_spec
 
 from .ops import (
     KeyRange,
@@ -40,25 +39,5 @@ def __getattr__(name: str):
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
-class _RegisterWithTransformers(MetaPathFinder):
-    """Registers "adasplash" as soon as transformers' models are imported, without importing them itself."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name != "transformers.modeling_utils":
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module):
-            execute(module)
-            __getattr__("register")()
-
-        spec.loader.exec_module = execute_and_register
-        return spec
-
-
-if "transformers.modeling_utils" in sys.modules:
+if "transformers" in sys.modules:
     __getattr__("register")()
-else:
-    sys.meta_path.insert(0, _RegisterWithTransformers())

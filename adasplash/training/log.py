@@ -9,7 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .run_folder import write_atomically
+
 METRICS = "metrics.jsonl"
+WATCHED = {
+    "train/loss": "loss",
+    "val/loss": "val/loss",
+    "val/perplexity": "perplexity",
+    "val/bits_per_byte": "bits/byte",
+}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -44,6 +52,9 @@ class NullLog:
     def print(self, text: str) -> None:
         pass
 
+    def finish(self, summary: dict[str, Any], plots: list[str]) -> None:
+        pass
+
 
 class RunLog:
     """Writes metrics.jsonl and log.txt in the run folder, and shows progress.
@@ -66,13 +77,11 @@ class RunLog:
     ):
         self.folder, self.total_steps = folder, total_steps
         kept = [row for row in read_metrics(folder) if _survives(row, resume_step)]
-        temporary = folder / f".{METRICS}"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(folder / METRICS)
+        write_atomically(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         self.metrics = open(folder / METRICS, "a", buffering=1)
         self.text = open(folder / "log.txt", "a", buffering=1)
         self.live = None
-        self.began, self.first_step, self.printed = time.monotonic(), resume_step, 0.0
+        self.began, self.first_step = time.monotonic(), resume_step
         self.wandb, self.wandb_id = None, wandb_id
         if wandb != "off":
             self._guarded(lambda: self._start_wandb(wandb, config, name))
@@ -87,11 +96,16 @@ class RunLog:
         return self
 
     def __exit__(self, *exception):
-        if self.live:
-            self.live.__exit__(*exception)
-            self.live = None
+        self._end_live_line()
         if self.wandb:
             self._guarded(lambda: self.wandb.finish(exit_code=int(exception[0] is not None)))
+        self.metrics.close()
+        self.text.close()
+
+    def _end_live_line(self) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
 
     def print(self, text: str) -> None:
         """A line for people, also in log.txt."""
@@ -104,22 +118,8 @@ class RunLog:
         self.metrics.write(json.dumps({"step": step, **row}) + "\n")
         if self.wandb:
             self._guarded(lambda: self.wandb.log({"step": step, **row}))
-        self._show(step, row)
-
-    def _show(self, step: int, row: dict[str, float]) -> None:
-        if "val/loss" in row:
-            self.print(
-                f"step {step:>6}/{self.total_steps}  val/loss {_number(row['val/loss'])}  "
-                f"perplexity {_number(row['val/perplexity'])}  bits/byte {_number(row['val/bits_per_byte'])}"
-            )
-            return
-        elapsed = time.monotonic() - self.began
-        left = elapsed / max(step - self.first_step, 1) * (self.total_steps - step)
-        line = (
-            f"step {step:>6}/{self.total_steps}  loss {_number(row['train/loss'])}  "
-            f"{row.get('perf/tokens_per_s') or 0:,.0f} tokens/s  {_duration(left)} left"
-        )
-        if self.live:
+        line = self._line(step, row)
+        if self.live and "val/loss" not in row:
             from rich.text import Text
 
             self.text.write(line + "\n")
@@ -127,8 +127,19 @@ class RunLog:
         else:
             self.print(line)
 
+    def _line(self, step: int, row: dict[str, float | None]) -> str:
+        """What a row says to people: those of its numbers that they watch."""
+        parts = [f"step {step:>6}/{self.total_steps}"]
+        parts += [f"{title} {_number(row[name])}" for name, title in WATCHED.items() if name in row]
+        if "val/loss" not in row:
+            elapsed = time.monotonic() - self.began
+            left = elapsed / max(step - self.first_step, 1) * (self.total_steps - step)
+            parts += [f"{row.get('perf/tokens_per_s') or 0:,.0f} tokens/s", f"{_duration(left)} left"]
+        return "  ".join(parts)
+
     def finish(self, summary: dict[str, Any], plots: list[str]) -> None:
         """The closing table, the files, and what to do next."""
+        self._end_live_line()  # it would be drawn over the table
         from rich.console import Console
         from rich.table import Table
 
@@ -137,15 +148,14 @@ class RunLog:
             if isinstance(value, int | float) and name not in ("step", "signal"):
                 note = "  (nats; a model that knows only how frequent tokens are)" if name == "unigram_entropy" else ""
                 table.add_row(name, f"{value:,.4g}" + note if abs(value) < 1e5 else f"{value:,.0f}")
-        console = Console()
-        console.print(table)
+        Console().print(table)
         files = [METRICS, "config.yaml", "summary.json", "checkpoints/"]
         files += ["export/"] if summary["status"] == "finished" else []
-        console.print(f"Written to {self.folder}: {', '.join(files)}", markup=False, highlight=False, soft_wrap=True)
+        self.print(f"Written to {self.folder}: {', '.join(files)}")
         for plot in plots:
-            console.print(f"  {plot}", markup=False, highlight=False, soft_wrap=True)
+            self.print(f"  {plot}")
         if summary["status"] == "finished":
-            console.print(f"Next: python eval.py run_dir={self.folder}", markup=False, highlight=False, soft_wrap=True)
+            self.print(f"Next: python eval.py run_dir={self.folder}")
 
     # ---------------------------------------------------------------------------------------------------------- wandb
 
@@ -165,7 +175,7 @@ class RunLog:
         """Whatever wandb raises, training goes on with the local file."""
         try:
             call()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.wandb = None
             self.print(f"Warning: wandb is off from here on ({error}); everything is in {self.folder / METRICS}.")
 

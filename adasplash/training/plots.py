@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .log import read_metrics
 
 
 def _figure(width: float, height: float):
-    import matplotlib
+    """Size in inches. No pyplot: whoever calls may have figures and a backend of their own."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
-    return plt, figure, axes
+    return figure, axes
 
 
-def _save(plt, figure, path: Path) -> Path:
+def _save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
-    plt.close(figure)
     return path
 
 
@@ -34,7 +33,7 @@ def plot_losses(folder: Path) -> Path | None:
     }
     if not any(curves.values()):
         return None
-    plt, figure, axes = _figure(7, 4)
+    figure, axes = _figure(7, 4)
     for (name, points), style in zip(curves.items(), ("-", "o-"), strict=True):
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1.5)
@@ -42,29 +41,28 @@ def plot_losses(folder: Path) -> Path | None:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return _save(plt, figure, folder / "plots" / "losses.png")
+    return _save(figure, folder / "plots" / "losses.png")
 
 
-def plot_density(folder: Path, density: list[list[float]]) -> Path:
-    """plots/density.png: share of active tiles of each layer (rows) and head (columns)."""
+def plot_density(folder: Path, density: Sequence[Sequence[float]]) -> Path | None:
+    """plots/density.png: share of active tiles, 0 to 1, of each layer (rows) and head (columns).
+
+    Each cell carries its number where there are few. None where there is nothing to draw.
+    """
+    if len(density) == 0 or len(density[0]) == 0:
+        return None
     layers, heads = len(density), len(density[0])
-    plt, figure, axes = _figure(1.8 + 0.55 * heads, 1.4 + 0.4 * layers)
-    image = axes.imshow(density, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    if layers * heads <= 400:
-        for layer, row in enumerate(density):
-            for head, value in enumerate(row):
-                axes.text(
-                    head,
-                    layer,
-                    f"{value:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if value < 0.6 else "black",
-                )
+    numbers = layers * heads <= 400
+    width, height = (0.55, 0.4) if numbers else (0.22, 0.18)  # of a cell, in inches
+    figure, axes = _figure(max(4.5, 1.8 + width * heads), max(3.6, 1.4 + height * layers))
+    image = axes.imshow(density, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for layer, row in enumerate(density if numbers else []):
+        for head, value in enumerate(row):
+            color = "white" if value > 0.55 else "black"
+            axes.text(head, layer, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
-    axes.set_xticks(range(heads))
-    axes.set_yticks(range(layers))
-    figure.colorbar(image, label="density (active share of visible tiles)")
-    return _save(plt, figure, folder / "plots" / "density.png")
+    axes.set_xticks(range(0, heads, 1 if numbers else 4))
+    axes.set_yticks(range(0, layers, 1 if numbers else 4))
+    figure.colorbar(image, label="density\n(active share of visible tiles)")
+    return _save(figure, folder / "plots" / "density.png")

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from dense_attention import dense_attention
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adasplash.ops.range_attention as range_attention_module
 from adasplash import KeyRange, entmax_attention, hash_sparse_attention, qk_sparse_attention, softmax_attention
@@ -73,7 +75,7 @@ def buckets_mask(q, k, directions):
 @pytest.fixture(params=["whole", "chunked"])
 def chunks(request, monkeypatch):
     if request.param == "chunked":
-        monkeypatch.setattr(range_attention_module, "SCORES_AT_ONCE", {"cpu": 500})
+        monkeypatch.setattr(range_attention_module, "SCORES_AT_ONCE", {"cpu": 3000})
 
 
 # ------------------------------------------------------------------------------------------------ against the definition
@@ -172,7 +174,7 @@ def as_function(kind, shape):
 
 @pytest.mark.parametrize("kind", ["softmax", "entmax", "window", "hash", "shared", "kept"])
 def test_gradients(kind, chunks, monkeypatch):
-    if range_attention_module.SCORES_AT_ONCE["cpu"] == 500:
+    if range_attention_module.SCORES_AT_ONCE["cpu"] == 3000:
         monkeypatch.setattr(range_attention_module, "SCORES_AT_ONCE", {"cpu": 2 * 2 * 7 * 2})
     shape = (2, 2, 1, 5, 7, 3) if kind != "shared" else (2, 2, 1, 5, 5, 3)
     alpha = torch.tensor([1.3, 1.6], dtype=torch.float64)
@@ -219,6 +221,22 @@ def test_no_square_tensor_is_kept_for_the_backward_pass(kind, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         as_function(kind, shape)(*tensors)
     assert saved and max(saved) < length * length
+
+
+def test_short_sequences_cost_no_more_than_themselves():
+    """The block of rows that memory has room for is far longer than these sequences."""
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            largest = max([largest, *(x.numel() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor))])
+            return out
+
+    with Sizes():
+        entmax_attention(*inputs((1, 2, 2, 1, 3, 4)))
+    assert largest <= 100
 
 
 @pytest.mark.parametrize("kind", ["softmax", "entmax", "hash", "kept"])

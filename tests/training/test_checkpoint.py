@@ -1,6 +1,5 @@
 """Checkpoints are exact, and whole or not there."""
 
-import json
 import os
 import random
 import signal
@@ -65,7 +64,9 @@ def test_round_trip_is_exact_for_every_kind_of_tensor(tmp_path):
         "bytes": torch.arange(256, dtype=torch.uint8),
         "strided": torch.randn(4, 6).T,
         "long": torch.tensor([1 << 40]),
+        "empty": torch.zeros(0, 3),
     }
+    tensors |= {"tied": tensors["half"], "part": tensors["half"][:1]}
     path = checkpoint.save(tmp_path, 7, tensors, {"note": "x"}, keep=2)
     filled = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
     assert checkpoint.load(path, filled)["note"] == "x"
@@ -83,23 +84,101 @@ def test_a_step_replaced_while_killed_is_not_lost(tmp_path):
     """Between the two renames of a replacement the old checkpoint stands under another name, and is found there."""
     checkpoint.save(tmp_path, 3, {"x": torch.tensor(3.0)}, {}, keep=2)
     (tmp_path / "step-00000003").rename(tmp_path / ".replaced-00000003")
-    assert checkpoint.newest(tmp_path).name == "step-00000003"
+    for _ in range(2):  # as often as one looks: readers change nothing
+        tensors = {"x": torch.tensor(0.0)}
+        checkpoint.load(checkpoint.newest(tmp_path), tensors)
+        assert tensors["x"] == 3
+    checkpoint.save(tmp_path, 4, {"x": torch.tensor(4.0)}, {}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000004"]
 
 
-def test_damaged_ones_are_skipped_with_a_warning(tmp_path):
+def test_only_what_a_killed_writer_left_is_removed(tmp_path):
+    (tmp_path / ".writing-00000001").mkdir()
+    (tmp_path / ".removing-step-00000001").mkdir()
+    (tmp_path / ".latest").write_text("")
+    (tmp_path / ".gitignore").write_text("*")
+    checkpoint.save(tmp_path, 2, {"x": torch.tensor(2.0)}, {}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".gitignore", "latest", "step-00000002"]
+
+
+@pytest.mark.parametrize("pointer", [None, "step-00000009"])
+def test_the_pointer_is_for_people(tmp_path, pointer):
+    assert checkpoint.newest(tmp_path / "nowhere") is None
     checkpoint.save(tmp_path, 1, {"x": torch.tensor(1.0)}, {}, keep=3)
-    checkpoint.save(tmp_path, 2, {"x": torch.tensor(2.0)}, {}, keep=3)
-    (tmp_path / "step-00000002" / "state.json").write_text("{")
+    (tmp_path / "latest").unlink() if pointer is None else (tmp_path / "latest").write_text(pointer)
+    assert checkpoint.newest(tmp_path).name == "step-00000001"
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("state.json", lambda file: file.unlink()),
+        ("state.json", cut),
+        ("state.json", lambda file: file.write_text("[]")),
+        ("state.json", lambda file: file.write_text('{"version": 99, "step": 2}')),
+        ("*.safetensors", lambda file: file.unlink()),
+        ("*.safetensors", cut),
+    ],
+)
+def test_damaged_ones_are_skipped_with_a_warning(tmp_path, file, damage):
+    checkpoint.save(tmp_path, 1, {"x": torch.tensor(1.0)}, {}, keep=3)
+    path = checkpoint.save(tmp_path, 2, {"x": torch.tensor(2.0)}, {}, keep=3)
+    damage(next(path.glob(file)))
     with pytest.warns(UserWarning, match="damaged"):
         assert checkpoint.newest(tmp_path).name == "step-00000001"
 
 
-def test_what_does_not_fit_is_told(tmp_path):
-    path = checkpoint.save(tmp_path, 1, {"x": torch.zeros(3)}, {}, keep=1)
-    with pytest.raises(ValueError, match="lacks .y.; has .x., which is not wanted"):
-        checkpoint.load(path, {"y": torch.zeros(3)})
-    with pytest.raises(ValueError, match="has 'x' as"):
-        checkpoint.load(path, {"x": torch.zeros(4)})
+def test_what_does_not_fit_is_told_and_nothing_is_filled(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {"x": torch.ones(3), "z": torch.ones(1)}, {}, keep=1)
+    x, z = torch.zeros(3), torch.zeros(1)
+    for tensors, told in [
+        ({"x": x, "z": z, "y": torch.zeros(3)}, "lacks 'y'"),
+        ({"x": x}, "has 'z', which is not wanted"),
+        ({"z": z, "x": torch.zeros(4)}, r"has 'x' as \(\(3,\), torch.float32\), expected \(\(4,\)"),
+        ({"z": z, "x": torch.zeros(3, dtype=torch.float64)}, "expected .* torch.float64"),
+        ({"x": x, "z": z} | {f"y{i}": x for i in range(5)}, "lacks 'y2'; and 2 more"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            checkpoint.load(path, tensors)
+    assert not x.any() and not z.any()
+
+
+def test_another_model_or_optim_is_refused(tmp_path):
+    model, optimizers = model_and_optimizers("adamw")
+    train_step(model, optimizers)
+    path = checkpoint.save(tmp_path, 1, checkpoint.training_state(model, optimizers), {}, keep=1)
+    with pytest.raises(ValueError, match="optimizer0/1.weight/.*, which this model or optim does not"):
+        checkpoint.restore_training_state(*model_and_optimizers("muon"), path)
+
+    path = checkpoint.save(tmp_path, 2, checkpoint.training_state(model, []), {}, keep=1)
+    with pytest.raises(ValueError, match="has 'model/2.bias', which is not wanted"):
+        checkpoint.restore_training_state(nn.Sequential(*model[:2]), [], path)
+    model[3].weight = nn.Parameter(model[0].weight.clone())
+    with pytest.raises(ValueError, match="lacks 'model/3.weight'"):  # no longer tied
+        checkpoint.restore_training_state(model, [], path)
+
+
+def test_names_are_those_of_parameters_and_tied_ones_come_once():
+    model, optimizers = model_and_optimizers("muon")
+    train_step(model, optimizers)
+    names = checkpoint.training_state(model, optimizers)
+    assert {"model/0.weight", "optimizer0/0.weight/exp_avg", "optimizer0/1.bias/step"} <= names.keys()
+    assert "optimizer1/1.weight/momentum_buffer" in names
+    assert not any("3.weight" in name for name in names)
+
+
+def test_other_ranks_random_numbers_are_their_own(tmp_path):
+    torch.manual_seed(1)
+    states = {name.replace("rank0", "rank1"): state for name, state in checkpoint.random_state(0).items()}
+    expected = torch.rand(3)
+    torch.manual_seed(2)
+    path = checkpoint.save(tmp_path, 1, states | checkpoint.random_state(0), {}, keep=1)
+    checkpoint.restore_random_state(path, 1)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_pickle_in_the_folder_is_never_run(tmp_path):
@@ -112,19 +191,26 @@ def test_a_pickle_in_the_folder_is_never_run(tmp_path):
     assert target["x"].sum() == 3 and not (tmp_path / "ran").exists()
 
 
-WRITER = """
-import sys, torch
+# Starts a writer for each line it reads: torch is imported once. Every step is saved and then replaced.
+WRITERS = """
+import os, sys, torch
 from pathlib import Path
 from adasplash.training import checkpoint
 folder = Path(sys.argv[1])
-newest = checkpoint.newest(folder)
-step = checkpoint.read_state(newest)["step"] if newest else 0
-print("ready", flush=True)
-while True:
-    step += 1
-    tensors = {f"t{i}": torch.full((n,), float(step)) for i, n in enumerate((1, 1000, 1 << 20))}
-    checkpoint.save(folder, step, tensors, {"mark": step}, keep=2)
-    print(step, flush=True)
+for _ in sys.stdin:
+    if os.fork():
+        os.wait()
+        print("killed", flush=True)
+        continue
+    newest = checkpoint.newest(folder)
+    step = checkpoint.read_state(newest)["step"] if newest else 0
+    print(os.getpid(), flush=True)
+    while True:
+        step += 1
+        tensors = {f"t{i}": torch.full((n,), float(step)) for i, n in enumerate((1, 1000, 1 << 20))}
+        for _ in range(2):
+            checkpoint.save(folder, step, tensors, {"mark": step}, keep=2)
+        print(step, flush=True)
 """
 
 
@@ -132,25 +218,24 @@ def test_killed_at_random_moments_while_saving(tmp_path):
     """SIGKILL ten times: the newest checkpoint is whole, and at most the one being written is lost."""
     moments = random.Random(0)
     reached = 0
-    for _ in range(10):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env={**os.environ}
-        )
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(moments.uniform(0.02, 0.4))
-        process.send_signal(signal.SIGKILL)
-        said = [int(line) for line in process.stdout.read().split()]
-        process.wait()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # nothing damaged is to be seen
-            newest = checkpoint.newest(tmp_path)
-        if newest is None:
-            assert not said
-            continue
-        tensors = {f"t{i}": torch.empty(n) for i, n in enumerate((1, 1000, 1 << 20))}
-        state = checkpoint.load(newest, tensors)
-        assert all((tensor == state["step"]).all() for tensor in tensors.values())
-        assert state["step"] >= max([reached, *said])
-        reached = state["step"]
+    command = [sys.executable, "-c", WRITERS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(10):
+            print(file=process.stdin, flush=True)
+            writer = int(process.stdout.readline())
+            time.sleep(moments.uniform(0.02, 0.4))
+            os.kill(writer, signal.SIGKILL)
+            said = [int(line) for line in iter(process.stdout.readline, "killed\n")]
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # nothing damaged is to be seen
+                newest = checkpoint.newest(tmp_path)
+            if newest is None:
+                assert not said
+                continue
+            tensors = {f"t{i}": torch.empty(n) for i, n in enumerate((1, 1000, 1 << 20))}
+            state = checkpoint.load(newest, tensors)
+            assert state["mark"] == state["step"] >= max([reached, *said])
+            assert all((tensor == state["step"]).all() for tensor in tensors.values())
+            reached = state["step"]
+        process.stdin.close()
     assert reached > 3
-    assert json.loads((newest / "state.json").read_text())["mark"] == reached
