@@ -74,7 +74,6 @@ def row_chunks(q: Tensor, k: Tensor, key_range: KeyRange, tile: int = 1):
         yield index * rows, min((index + 1) * rows, query_length), first // tile * tile, last
 
 
-@torch.compiler.disable
 def range_attention(
     q: Tensor,
     k: Tensor,
@@ -100,6 +99,13 @@ def range_attention(
     Returns:
         (B, H, Tq, D) in q's dtype; 0 where a query sees no key.
     """
+    attend = attend_ranges
+    if torch.compiler.is_compiling():  # it stays out of graphs
+        from .uncompiled import attend_ranges as attend
+    return attend(q, k, v, key_range, alpha, scale, alibi_slopes, query_positions, key_positions)
+
+
+def attend_ranges(q, k, v, key_range, alpha, scale, alibi_slopes, query_positions, key_positions) -> Tensor:
     if q.shape[2] == 0 or k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     if query_positions is None:
