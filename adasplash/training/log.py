@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .run_folder import write_atomically
+from ..files import write_atomically
 
 METRICS = "metrics.jsonl"
 WATCHED = {

@@ -6,12 +6,12 @@ config.yaml  metrics.jsonl  log.txt  summary.json  checkpoints/  export/  plots/
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..files import write_atomically
 from .config import TrainConfig, from_mapping
 
 ROOT = Path("runs")
@@ -19,16 +19,6 @@ ROOT = Path("runs")
 # Keys that may differ between the starts of one run; another value of `steps` moves the schedule, and is announced.
 MAY_CHANGE = {"run_dir", "resume", "wandb", "log_every", "device", "compile", "parallel", "checkpoint", "eval", "steps"}
 MAY_CHANGE |= {"micro_batch_tokens"}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Never half a file: written beside it, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
