@@ -34,7 +34,8 @@ class ModelConfig:
     Args:
         name: what the run is called after.
         type: transformers' model_type (gpt2, llama, ...), of a causal language model.
-        config: keys of that type's configuration; vocabulary and longest sequence come from the data and `seq_len`.
+        config: keys of that type's configuration; vocabulary and longest sequence come from the data and `seq_len`, and
+            every dropout is 0 unless it is set here.
     """
 
     name: str = "small"
@@ -86,9 +87,16 @@ def build_model(
             raise ValueError(
                 f"model.config cannot set '{key}', which follows from the tokenizer or seq_len; leave it out."
             )
+    given = {attributes.get(key, key) for key in config.config}
+    no_dropout = {
+        key: 0.0
+        for key, value in defaults.to_dict().items()
+        if key not in given and isinstance(value, float) and ("dropout" in key or "pdrop" in key)
+    }
     padded = -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     model_config = AutoConfig.for_model(
         config.type,
+        **no_dropout,
         **config.config,
         vocab_size=padded,
         bos_token_id=end_token,

@@ -211,6 +211,16 @@ def test_masked_language_models_load_too(tmp_path):
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, (0, 0, 0)), ({"resid_pdrop": 0.2}, (0, 0.2, 0)), ({"embd_pdrop": 0.3}, (0, 0, 0.3))],
+)
+def test_a_new_model_has_no_dropout_unless_told(given, expected):
+    config = models.ModelConfig(config={"n_layer": 1, "n_head": 2, "n_embd": 16, **given})
+    built = models.build_model(config, vocab_size=64, end_token=0, seq_len=8, attention="adasplash").config
+    assert (built.attn_pdrop, built.resid_pdrop, built.embd_pdrop) == expected
+
+
 def test_attention_dropout_of_a_checkpoint_is_switched_off(tmp_path, caplog):
     tiny("gpt2", attn_pdrop=0.1).save_pretrained(tmp_path)
     model = adasplash.from_pretrained(tmp_path, "flash").train()

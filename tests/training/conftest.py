@@ -25,14 +25,7 @@ def tiny(text_file, tmp_path):
             "model": {
                 "name": "tiny",
                 "type": "gpt2",
-                "config": {
-                    "n_layer": 2,
-                    "n_head": 2,
-                    "n_embd": 32,
-                    "attn_pdrop": 0.0,
-                    "resid_pdrop": 0.0,
-                    "embd_pdrop": 0.0,
-                },
+                "config": {"n_layer": 2, "n_head": 2, "n_embd": 32},
             },
             "attention": {"name": "flash"},
             "data": {
