@@ -4,6 +4,7 @@ python eval.py model=gpt2 attention=adasplash seq_lens=[8192,16384] evals=[throu
 Hydra composes configs/eval.yaml with the command line; results land in results.json of the run folder.
 """
 
+import functools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from adasplash.attention.huggingface import attention_backends
-from adasplash.data import DataConfig, TokenizerConfig, build_tokenizer, prepare
+from adasplash.data import DataConfig, TokenizerConfig, build_tokenizer, keep_documents_apart, prepare
 from adasplash.evaluation import (
     measure_perplexity,
     measure_throughput,
@@ -44,7 +45,8 @@ class EvaluateConfig:
         stride: of the perplexity windows; by default disjoint windows.
         max_tokens: of the validation text; by default all of it.
         batch_tokens: tokens per forward pass; by default one sequence.
-        attention, data, tokenizer: others than the run's own.
+        attention, data, tokenizer: others than the run's own, or single options of them that differ. Documents are kept
+            apart, or not, as the run was trained (data.cross_document).
     """
 
     run_dir: str | None = None
@@ -74,6 +76,16 @@ class EvaluateConfig:
             raise ValueError("An untrained model has no perplexity worth measuring; use evals=[throughput].")
         if any(length < 1 for length in self.seq_lens or []):
             raise ValueError(f"Expected seq_lens of at least 1, got {self.seq_lens}.")
+
+
+def with_the_runs_own(values: dict) -> dict:
+    """Single options of attention, data or tokenizer change the run's own; one that is chosen by name replaces it."""
+    chosen_by = {"attention": "name", "data": "source", "tokenizer": "kind"}
+    changed = [key for key, chosen in chosen_by.items() if values.get(key) and chosen not in values[key]]
+    if not (changed and values["run_dir"]):
+        return values
+    run = read_config(Path(values["run_dir"])).to_mapping()
+    return values | {key: run[key] | values[key] for key in changed}
 
 
 def trained_model(run_dir: Path, run: TrainConfig, attention: AttentionConfig | None):
@@ -145,15 +157,19 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     rows, failures = [], []
     batch_size = {length: max(1, (config.batch_tokens or length) // length) for length in seq_lens}
     if "perplexity" in config.evals:
-        text = prepare(data, build_tokenizer(tokenizer)).validation
+        encoder = build_tokenizer(tokenizer)
+        text = prepare(data, encoder).validation
+        apart = None if data.cross_document else functools.partial(keep_documents_apart, end_token=encoder.end_token)
+        where = {"data": data.path or data.name or data.source, "cross_document": data.cross_document}
         for length in seq_lens:
             how = {"stride": config.stride, "max_tokens": config.max_tokens, "batch_size": batch_size[length]}
+            how["keep_documents_apart"] = apart
             try:
                 measured = measure_perplexity(model, text, seq_len=length, device=device, autocast=autocast, **how)
             except ValueError as error:
                 failures.append(f"perplexity at {length}: {error}")
                 continue
-            rows.append(result_row(measured, **facts, data=data.path or data.name or data.source))
+            rows.append(result_row(measured, **facts, **where))
     if "throughput" in config.evals:
         for length in seq_lens:
             for backward in (False, True):
@@ -180,14 +196,14 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
 def main(composed: DictConfig) -> None:
     values = OmegaConf.to_container(composed, resolve=True)
     try:
-        evaluate(from_mapping(EvaluateConfig, values))
+        evaluate(from_mapping(EvaluateConfig, with_the_runs_own(values)))
     except ValueError as error:
         sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":
     try:
-        check_overrides(sys.argv[1:], EvaluateConfig, groups_of(CONFIGS))
+        sys.argv[1:] = check_overrides(sys.argv[1:], EvaluateConfig, groups_of(CONFIGS))
     except ValueError as error:
         sys.exit(f"Error: {error}")
     main()

@@ -38,6 +38,14 @@ class Batch:
         return Batch(move(self.input_ids), move(self.targets), move(self.position_ids))
 
 
+def keep_documents_apart(input_ids: Tensor, targets: Tensor, end_token: int) -> tuple[Tensor, Tensor]:
+    """(targets, position_ids) of packed documents, (B, T): no target after an end token, places from 0 in each document."""
+    ends = input_ids == end_token
+    place = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    begins = torch.where(ends.roll(1, dims=1), place, 0).cummax(dim=1).values  # roll: place 0 is 0 either way
+    return targets.masked_fill(ends, IGNORE_INDEX), place - begins
+
+
 class Loader:
     """Windows of seq_len tokens, each once an epoch; window w is tokens w*T .. w*T + T, the last only as a target.
 
@@ -106,10 +114,7 @@ class Loader:
         input_ids, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         if self.cross_document:
             return Batch(input_ids, targets, None)
-        ends = input_ids == self.end_token
-        place = torch.arange(self.seq_len).expand_as(input_ids)
-        begins = torch.where(ends.roll(1, dims=1), place, 0).cummax(dim=1).values  # roll: place 0 is 0 either way
-        return Batch(input_ids, targets.masked_fill(ends, IGNORE_INDEX), place - begins)
+        return Batch(input_ids, *keep_documents_apart(input_ids, targets, self.end_token))
 
     def _window(self, position: int) -> int:
         epoch, place = divmod(position, self._windows)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import models
 from .borrowed import borrowed
@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 
 
 class TokenStream(Protocol):
-    """One long text as tokens; documents follow each other and are seen as one text."""
+    """One long text as tokens; documents follow each other."""
 
     bytes_per_token: float  # UTF-8 bytes of text per token
 
@@ -68,6 +68,7 @@ def measure_perplexity(
     batch_size: int = 1,
     device: torch.device,
     autocast: torch.dtype | None = None,
+    keep_documents_apart: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Perplexity:
     """Perplexity over windows of seq_len tokens that advance by `stride`.
 
@@ -84,6 +85,8 @@ def measure_perplexity(
         max_tokens: count at most this many targets, the first ones.
         batch_size: windows per forward pass.
         autocast: dtype of the matrix products; None for the model's own.
+        keep_documents_apart: makes (targets, position_ids) of (input_ids, targets), all int64 (B, T), for a model that
+            was trained so; by default documents are seen as one text.
 
     Raises:
         ValueError: if the text has no whole window, the model has fewer positions, or stride is not in 1..seq_len.
@@ -103,17 +106,22 @@ def measure_perplexity(
             f"{len(tokens)} tokens{limit}; use a shorter seq_len or more text."
         )
 
-    totals, counts = np.zeros(seq_len), np.zeros(seq_len, dtype=np.int64)  # by position in the window, float64
+    totals, counts = np.zeros(seq_len), np.zeros(seq_len, dtype=np.int64)  # by number of earlier tokens in view
     windows = window_places(targets, seq_len, stride)
     with borrowed(model, device, training=False), torch.autocast(device.type, autocast, enabled=autocast is not None):
         while batch := list(itertools.islice(windows, batch_size)):
             text = torch.from_numpy(np.stack([tokens.read(begin, begin + seq_len + 1) for begin, _ in batch]))
             first = torch.tensor([first for _, first in batch])[:, None]
             counted = torch.arange(seq_len) >= first  # (B, T)
-            expected = text[:, 1:].masked_fill(~counted, IGNORE_INDEX)
-            losses = models.token_losses(model, text[:, :-1].to(device), expected.to(device))
-            totals += losses.double().sum(0).cpu().numpy()
-            counts += counted.sum(0).numpy()
+            expected, place, position_ids = text[:, 1:].masked_fill(~counted, IGNORE_INDEX), torch.arange(seq_len), None
+            if keep_documents_apart:
+                expected, place = keep_documents_apart(text[:, :-1], expected)
+                position_ids = place.to(device)
+            losses = models.token_losses(model, text[:, :-1].to(device), expected.to(device), position_ids)
+            counted = (expected != IGNORE_INDEX).flatten()
+            place = place.expand_as(expected).flatten()[counted]
+            totals += np.bincount(place, losses.double().cpu().flatten()[counted], minlength=seq_len)
+            counts += np.bincount(place, minlength=seq_len)
 
     loss = float(totals.sum() / counts.sum())
     return Perplexity(

@@ -7,11 +7,11 @@ import datetime
 import importlib.metadata
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
 from .perplexity import Perplexity
 from .tables import TextTable, text_table
 from .throughput import Throughput
@@ -19,14 +19,15 @@ from .throughput import Throughput
 Row = dict[str, Any]
 
 # Two rows that agree in these are the same measurement, and the newer one replaces the older.
-KEY = ("evaluation", "model", "attention", "attention_options", "data", "tokenizer", "device", "dtype", "compile")
-KEY += ("seq_len", "stride", "batch_size", "backward")
+KEY = ("evaluation", "model", "attention", "attention_options", "data", "cross_document", "tokenizer", "device")
+KEY += ("dtype", "compile", "seq_len", "stride", "batch_size", "backward")
 
 SETTINGS = {
     "model": "model",
     "attention": "attention",
     "attention_options": "options",
     "data": "data",
+    "cross_document": "across documents",
     "tokenizer": "tokenizer",
     "device": "device",
     "dtype": "dtype",
@@ -120,12 +121,7 @@ def merge_results(path: Path, rows: Sequence[Row]) -> list[Row]:
     """
     merged = {_key(row): row for row in [*read_results(path), *rows]}
     text = json.dumps(list(merged.values()), indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, text)
     return list(merged.values())
 
 

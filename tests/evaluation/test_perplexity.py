@@ -1,5 +1,6 @@
 """Perplexity against direct computations, on models whose loss is known."""
 
+import functools
 import math
 import random
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from adasplash import models
+from adasplash.data import keep_documents_apart
 from adasplash.evaluation import measure_perplexity
 from adasplash.evaluation.perplexity import window_places
 
@@ -164,6 +166,23 @@ def test_a_transformers_model_against_its_logits_and_comes_back_as_it_was():
         losses.append(nn.functional.cross_entropy(logits, tokens[begin + 1 : begin + 13], reduction="none")[first:])
     assert measured.tokens == 30 == sum(map(len, losses))
     assert measured.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_documents_kept_apart_are_measured_as_if_each_were_alone():
+    config = models.ModelConfig(config={"n_layer": 1, "n_head": 2, "n_embd": 16})
+    model = models.build_model(config, vocab_size=64, end_token=0, seq_len=14, attention="softmax").eval()
+    documents = [torch.cat([torch.randint(1, 64, (length,)), torch.zeros(1, dtype=torch.long)]) for length in (5, 2, 4)]
+    text = Text(torch.cat([*documents, torch.ones(1, dtype=torch.long)]))
+    apart = functools.partial(keep_documents_apart, end_token=0)
+    measured = measure_perplexity(model, text, seq_len=14, device=CPU, keep_documents_apart=apart)
+
+    losses = []
+    for document in documents:
+        logits = model(document[None]).logits[0, :-1]
+        losses.append(nn.functional.cross_entropy(logits, document[1:], reduction="none"))
+    assert measured.tokens == 11 == sum(map(len, losses))
+    assert measured.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert [(part.context, part.count) for part in measured.by_position] == [(1, 3), (2, 3), (3, 2), (4, 2), (6, 1)]
 
 
 def test_autocast_reaches_the_model():
