@@ -6,6 +6,7 @@ Several jobs: python train.py -m attention=flash,adasplash seq_len=8192,16384
 
 import sys
 import traceback
+import zlib
 from pathlib import Path
 
 import hydra
@@ -56,7 +57,8 @@ def main(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
     sweep = hydra_config.mode == RunMode.MULTIRUN
-    job = " ".join(overrides)
+    job = " ".join(word.removeprefix("++") for word in overrides)
+    log = Path("runs") / f"failed-{zlib.crc32(job.encode()):08x}.txt"  # of a sweep's job
     folder = None
     if sweep:
         print(f"\n--- {job}", flush=True)
@@ -65,13 +67,13 @@ def main(composed: DictConfig) -> None:
         summary = train(config)
         folder = summary["run_dir"]
         outcomes.append((job, summary["status"], folder))
+        log.unlink(missing_ok=True)
     except Exception as error:
         expected = isinstance(error, ValueError | TrainingDiverged)
         if not sweep:
             if not expected:
                 raise
             sys.exit(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else f"Error: {error}")
-        log = Path("runs") / f"failed-{abs(hash(job)) % 10**8:08d}.txt"
         log.parent.mkdir(exist_ok=True)
         log.write_text(f"python train.py {job}\n\n{traceback.format_exc()}")
         print(f"Failed: {error}", flush=True)
@@ -84,7 +86,7 @@ def main(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        check_overrides(sys.argv[1:], TrainConfig, groups_of(CONFIGS))
+        sys.argv[1:] = check_overrides(sys.argv[1:], TrainConfig, groups_of(CONFIGS))
     except ValueError as error:
         sys.exit(f"Error: {error}")
     main()

@@ -137,7 +137,7 @@ class TrainConfig:
             eval=dataclasses.replace(
                 self.eval,
                 every=self.eval.every or max(1, steps // 5),
-                tokens=tokens(self.eval.tokens, 1 << 20 if cuda else 1 << 14),
+                tokens=tokens(self.eval.tokens, 1 << 20 if cuda else 1 << 13),
             ),
         )
 
@@ -161,6 +161,8 @@ class TrainConfig:
 def attention_config(values: dict[str, Any]) -> AttentionConfig:
     """From {"name": ..., **options}, the form it has in configuration files."""
     options = dict(values)
+    if options and "name" not in options:
+        raise ValueError(f"attention.{next(iter(options))} belongs to a backend; name it too: attention=NAME.")
     return AttentionConfig(options.pop("name", AttentionConfig.name), options)
 
 
@@ -224,19 +226,24 @@ def groups_of(configs: Path) -> dict[str, list[str]]:
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
-def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]]) -> None:
+def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]]) -> list[str]:
     """Checks `key=value` words of a command line before they are composed.
 
     Args:
         groups: configuration groups and the names of their files.
+
+    Returns:
+        The words with `++` before each typed key, so that it can be set whether or not a file lists it.
 
     Raises:
         ValueError: for an unknown key or group member, with the nearest valid one.
     """
     keys = valid_keys(cls)
     free = tuple(f"{key}." for key, hint in _free_mappings(cls))
+    checked = []
     for word in overrides:
         if word.startswith("-") or word.startswith("hydra"):
+            checked.append(word)
             continue
         key, equals, value = word.lstrip("+~").partition("=")
         if not equals and not word.startswith("~"):
@@ -254,6 +261,10 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
             by_end = [k for k in keys if k.split(".")[-1] == key]
             hint = f" Did you mean '{by_end[0]}'?" if by_end else nearest(key, keys + list(groups))
             raise ValueError(f"Unknown configuration key '{key}'.{hint}")
+        elif not word.startswith("~"):
+            word = "++" + word.lstrip("+")
+        checked.append(word)
+    return checked
 
 
 def _free_mappings(cls: type, prefix: str = ""):

@@ -22,6 +22,7 @@ GROUPS = groups_of(ROOT / "configs")
         ({"attention": {"name": "adaspash"}}, "Did you mean 'adasplash'"),
         ({"attention": {"name": "adasplash", "alhpa": 1.5}}, "Did you mean 'alpha'"),
         ({"attention": {"name": "adasplash", "alpha": 3.0}}, "1 < alpha <= 2"),
+        ({"attention": {"alpha": 1.25}}, "name it too: attention=NAME"),
         ({"wandb": "yes"}, "off, offline, online"),
         ({"seq_len": 48, "batch_tokens": 100}, "nearest is batch_tokens=96"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep of at least 1"),
@@ -50,9 +51,12 @@ def test_command_line_typos_name_the_nearest(word, told):
     assert told in str(error.value)
 
 
-def test_right_command_lines_pass():
-    words = ["-m", "attention=softmax,flash", "seq_len=8192,16384", "attention.alpha=1.25", "+model.config.n_layer=2"]
-    check_overrides([*words, "optim.betas=[0.9,0.99]", "hydra.verbose=true", "experiment=null"], TrainConfig, GROUPS)
+def test_right_command_lines_pass_and_any_typed_key_can_be_set():
+    """`++` is how a key is set that no YAML file lists."""
+    words = ["-m", "attention=softmax,flash", "hydra.verbose=true", "experiment=null", "~optim.betas"]
+    words += ["seq_len=8192,16384", "attention.alpha=1.25", "+model.config.n_layer=2", "optim.betas=[0.9,0.99]"]
+    expected = words[:5] + ["++" + word.lstrip("+") for word in words[5:]]
+    assert check_overrides(words, TrainConfig, GROUPS) == expected
 
 
 def test_mapping_round_trip():
