@@ -270,7 +270,8 @@ class _Run:
 
     def _evaluate(self) -> None:
         row = self.validation.measure(self.model)
-        if self.config.attention.name in SPARSE:
+        # counting takes as long as two forward passes, and before the first step there is nothing to learn from it
+        if self.step and self.config.attention.name in SPARSE:
             for backend in self.backends:
                 backend.set_step(self.step)
             metrics, self.density = self.validation.density(self.model)
