@@ -1,11 +1,12 @@
 import gzip
 import json
 
-import datasets
 import pytest
 
 from adasplash.data import DataConfig
 from adasplash.data.corpus import load_corpora
+
+datasets = pytest.importorskip("datasets")
 
 ROWS = [{"text": "first\nline two", "id": 1}, {"text": None, "id": 2}, {"text": "third é", "id": 3}]
 EXPECTED = ["first\nline two", "third é"]

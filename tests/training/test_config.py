@@ -83,6 +83,7 @@ def test_run_name_follows_the_experiment_and_nothing_else():
 
 
 def test_every_configuration_file_composes_into_a_typed_one():
+    pytest.importorskip("hydra")
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
