@@ -129,13 +129,13 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         name = run.model.name
         model = trained_model(folder, run, config.attention)
     else:
-        tokenizer = config.tokenizer or TokenizerConfig()
+        # the vocabulary decides a good part of the speed: GPT-2's own, unless a tokenizer is named
+        tokenizer = config.tokenizer or TokenizerConfig("tiktoken", "gpt2")
         data = None
         attention = config.attention or AttentionConfig()
         seq_lens = config.seq_lens or [8192, 16384]
         name = config.model.name
         folder = Path("runs") / f"untrained-{name}-{attention.name}"
-        # the vocabulary decides a good part of the speed: GPT-2's own, unless a tokenizer is named
         vocab_size = build_tokenizer(config.tokenizer).vocab_size if config.tokenizer else 50257
         how = {"vocab_size": vocab_size, "end_token": vocab_size - 1, "seq_len": max(seq_lens)}
         model = build_model(config.model, attention=attention.name, options=attention.options, **how)
@@ -206,4 +206,8 @@ if __name__ == "__main__":
         sys.argv[1:] = check_overrides(sys.argv[1:], EvaluateConfig, groups_of(CONFIGS))
     except ValueError as error:
         sys.exit(f"Error: {error}")
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)

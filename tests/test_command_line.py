@@ -82,6 +82,17 @@ def test_a_run_and_its_evaluation(whole, run):
     assert len(rows) == 6 and not rows[0]["cross_document"]  # as the run was trained
 
 
+def test_an_untrained_model_is_timed(workplace, run):
+    code, said = run(*EVALUATE, *TINY[:2], "model=small", "attention=qk_sparse", "attention.drop=0.5", "seq_lens=[32]")
+    assert code == 1 and "use evals=[throughput]" in said and "Traceback" not in said
+    throughput = ("attention=qk_sparse", "attention.drop=0.5", "seq_lens=[32]", "evals=[throughput]", "repeats=1")
+    code, said = run(*EVALUATE, *TINY[:2], "model=small", *throughput)
+    assert code == 0, said
+    (folder,) = (workplace / "runs").glob("untrained-*")
+    rows = json.loads((folder / "results.json").read_text())
+    assert [row["backward"] for row in rows] == [False, True] and rows[0]["attention_options"]["drop"] == 0.5
+
+
 def test_a_typo_is_one_sentence_with_the_nearest_key(run):
     code, said = run(*TRAIN, "optim.learnin_rate=1")
     assert code == 1

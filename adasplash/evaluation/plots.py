@@ -73,14 +73,11 @@ def length_label(seq_len: int) -> str:
     return f"{seq_len // 1024}k" if seq_len % 1024 == 0 else str(seq_len)
 
 
-def plot_perplexity_by_position(results: Sequence[dict[str, Any]], path: Path) -> Path:
+def plot_perplexity_by_position(results: Sequence[dict[str, Any]], path: Path) -> Path | None:
     """Perplexity against the tokens in view, one curve per perplexity row; written to `path` (.png, .svg, .pdf).
 
     A curve that still falls at its right end says that far context helps. Left out are points of fewer than 20 targets,
-    and those with less than 1/512 of the longest window in view.
-
-    Raises:
-        ValueError: if there is nothing to draw.
+    and those with less than 1/512 of the longest window in view. None where nothing is left to draw.
     """
     from matplotlib.ticker import FuncFormatter
 
@@ -90,10 +87,7 @@ def plot_perplexity_by_position(results: Sequence[dict[str, Any]], path: Path) -
     curves = [(row, _curve(row, lengths[-1] / 2**DOUBLINGS)) for row in rows]
     curves = [(row, points) for row, points in curves if points]
     if not curves:
-        raise ValueError(
-            f"Expected a perplexity row with {FEWEST_TARGETS} targets at some position, got none among {len(results)} "
-            "results; evaluate perplexity, on more tokens."
-        )
+        return None
     colours = attention_colours(row["attention"] for row, _ in curves)
     figure, axes = new_axes()
     for row, points in curves:
@@ -116,6 +110,7 @@ def plot_perplexity_by_position(results: Sequence[dict[str, Any]], path: Path) -
     axes.set_ylabel("perplexity")
     axes.set_title("Perplexity by position in the window", loc="left", fontsize=11)
     axes.legend(title="attention, window: overall", title_fontsize=8, fontsize=8, frameon=False, alignment="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 

@@ -78,8 +78,8 @@ def text_table(
 
 
 def readable(value: Any) -> str:
-    """Whole and large numbers with separators, others with four digits, options as key=value; a dash for None."""
-    if value is None:
+    """Whole and large numbers with separators, others with four digits, options as key=value; a dash for None and no options."""
+    if value is None or value == {}:
         return NOTHING
     if isinstance(value, bool):
         return "yes" if value else "no"

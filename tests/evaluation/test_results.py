@@ -94,14 +94,13 @@ def test_tables_come_by_what_was_evaluated():
 
 def test_the_picture_is_drawn(tmp_path):
     rows = [perplexity_row(), perplexity_row(seq_len=32, stride=8, attention="adasplash"), throughput_row()]
-    path = plot_perplexity_by_position(rows, tmp_path / "curve.png")
+    path = plot_perplexity_by_position(rows, tmp_path / "new" / "curve.png")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("rows", [[], [throughput_row()], [perplexity_row(loss=math.nan)]])
 def test_without_a_curve_there_is_no_picture(tmp_path, rows):
-    with pytest.raises(ValueError, match="perplexity row"):
-        plot_perplexity_by_position(rows, tmp_path / "curve.png")
+    assert plot_perplexity_by_position(rows, tmp_path / "curve.png") is None and not any(tmp_path.iterdir())
 
 
 def test_an_attention_keeps_its_colour_in_any_company():
