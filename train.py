@@ -89,7 +89,11 @@ if __name__ == "__main__":
         sys.argv[1:] = check_overrides(sys.argv[1:], TrainConfig, groups_of(CONFIGS))
     except ValueError as error:
         sys.exit(f"Error: {error}")
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the training loop, which saves, or a second one in it
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
     if len(outcomes) > 1 or any(status == "failed" for _, status, _ in outcomes):
         print("\nSweep:")
         for job, status, where in outcomes:

@@ -63,6 +63,8 @@ def build_model(
         ValueError: for unknown types and keys, or a checkpoint that does not fit the tokenizer or seq_len.
     """
     if init_from is not None:
+        if not Path(init_from).is_dir():  # a name of the hub would be looked for on the network
+            raise ValueError(f"Expected init_from as the folder of a transformers checkpoint, got '{init_from}'.")
         model = from_pretrained(init_from, attention, **(options or {}))
         if model.config.vocab_size < vocab_size:
             raise ValueError(
@@ -94,15 +96,19 @@ def build_model(
         if key not in given and isinstance(value, float) and ("dropout" in key or "pdrop" in key)
     }
     padded = -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    model_config = AutoConfig.for_model(
-        config.type,
-        **no_dropout,
-        **config.config,
-        vocab_size=padded,
-        bos_token_id=end_token,
-        eos_token_id=end_token,
-        max_position_embeddings=seq_len,
-    )
+    try:
+        model_config = AutoConfig.for_model(
+            config.type,
+            **no_dropout,
+            **config.config,
+            vocab_size=padded,
+            bos_token_id=end_token,
+            eos_token_id=end_token,
+            max_position_embeddings=seq_len,
+        )
+    except Exception as error:  # of its own kinds, by version
+        reason = " ".join(str(error).split())
+        raise ValueError(f"transformers refuses model.config for type {config.type} ({reason}).") from None
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     _check_plain_head(model)
     return patch_attention(model, attention, **(options or {}))
@@ -183,12 +189,16 @@ def _expecting_a_model(path: str | Path, *errors: type[Exception]) -> Iterator[N
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    logging = transformers.logging
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
 
 
 def _load_backend_state(model: PreTrainedModel, path: str | Path, complete: bool) -> None:
@@ -225,7 +235,8 @@ def export(model: PreTrainedModel, folder: str | Path, tokenizer: dict[str, Any]
     `from_pretrained` of this package reloads it with its backend. Plain transformers reloads the weights for its own
     softmax; where the backend has state, it reports those keys as unexpected.
     """
-    model.save_pretrained(folder)
+    with _quiet():
+        model.save_pretrained(folder)
     name, options = configured_backend(model.config)
     (Path(folder) / "README.md").write_text(
         f"# {model.config.model_type} trained with attention={name}\n\n"

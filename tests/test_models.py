@@ -101,6 +101,8 @@ def test_a_full_vocabulary_is_not_padded():
         ({"config": {"n_positions": 5}}, "cannot set 'n_positions'"),
         ({"kind": "llama", "config": {"max_position_embeddings": 5}}, "cannot set 'max_position_embeddings'"),
         ({"attention": "flahs"}, "Unknown attention 'flahs'.*Did you mean 'flash'"),
+        ({"config": {"n_layer": "two"}}, "refuses model.config for type gpt2 .*n_layer.*two"),
+        ({"init_from": "no/folder"}, "Expected init_from as the folder .* got 'no/folder'"),
         ({"options": {"alpha": 1.5}}, "Unknown option 'alpha' for attention=flash"),
         ({"kind": "granite", "config": {**LLAMA, "logits_scaling": 2.0}}, "logits_scaling"),
         ({"kind": "cohere", "config": {**LLAMA, "logit_scale": 0.5}}, "logit_scale"),

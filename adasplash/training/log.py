@@ -81,10 +81,10 @@ class RunLog:
         self.metrics = open(folder / METRICS, "a", buffering=1)
         self.text = open(folder / "log.txt", "a", buffering=1)
         self.live = None
-        self.began, self.first_step = time.monotonic(), resume_step
         self.wandb, self.wandb_id = None, wandb_id
         if wandb != "off":
             self._guarded(lambda: self._start_wandb(wandb, config, name))
+        self.began, self.first_step = time.monotonic(), resume_step
 
     def __enter__(self):
         if sys.stdout.isatty():
