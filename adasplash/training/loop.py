@@ -174,8 +174,11 @@ class _Run:
         if not self.ranks.first:
             self.log = NullLog()
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_config(self.folder, self.config)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_config(self.folder, self.config)
+        except OSError as error:
+            raise ValueError(f"Cannot write '{self.folder}' ({error.strerror}); choose another run_dir.") from None
         self.log = RunLog(
             self.folder,
             wandb=self.config.wandb,

@@ -159,6 +159,7 @@ def test_alpha_is_scheduled_in_training(tiny, tmp_path):
         ({"parallel": {"kind": "ddp"}}, "torchrun"),
         ({"init_from": "nowhere"}, "nowhere"),
         ({"resume": "nowhere"}, "no run folder"),
+        ({"run_dir": "/dev/null/run"}, "Cannot write '/dev/null/run' .* choose another run_dir"),
     ],
 )
 def test_bad_starts_are_told_in_a_sentence(tiny, changes, told):
