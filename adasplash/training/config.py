@@ -206,17 +206,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"Expected {where} of type {expected}, got {value!r}.")
 
 
-def valid_keys(cls: type, prefix: str = "") -> list[str]:
-    """All dotted keys of a configuration class, attention's options of every backend included."""
-    keys = []
+def valid_keys(cls: type, prefix: str = "") -> dict[str, Any]:
+    """All dotted keys of a configuration class and their types, attention's options of every backend included."""
+    keys = {}
     for name, hint in typing.get_type_hints(cls).items():
-        keys.append(prefix + name)
+        keys[prefix + name] = hint
         candidates = [a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)]
         if AttentionConfig in candidates:
             options = {f.name for backend in BACKENDS.values() for f in dataclasses.fields(backend.Options)}
-            keys += [f"{prefix}{name}.{option}" for option in sorted(options | {"name"})]
+            keys |= {f"{prefix}{name}.{option}": Any for option in sorted(options | {"name"})}
         elif candidates:
-            keys += valid_keys(candidates[0], f"{prefix}{name}.")
+            keys |= valid_keys(candidates[0], f"{prefix}{name}.")
     return keys
 
 
@@ -233,7 +233,8 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
         groups: configuration groups and the names of their files.
 
     Returns:
-        The words with `++` before each typed key, so that it can be set whether or not a file lists it.
+        The words as Hydra takes them: `++` before each typed key, so that it can be set whether or not a file lists it,
+        and quotes around a text (the pattern of a path, say) with brackets in it.
 
     Raises:
         ValueError: for an unknown key or group member, with the nearest valid one.
@@ -248,7 +249,7 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
         key, equals, value = word.lstrip("+~").partition("=")
         if not equals and not word.startswith("~"):
             raise ValueError(
-                f"Expected key=value on the command line, got '{word}'.{nearest(word, keys + list(groups))}"
+                f"Expected key=value on the command line, got '{word}'.{nearest(word, [*keys, *groups])}"
             )
         if key in groups:
             for member in value.split(",") if not any(c in value for c in "([{") else []:
@@ -259,10 +260,12 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
                     )
         elif key not in keys and not key.startswith(free):
             by_end = [k for k in keys if k.split(".")[-1] == key]
-            hint = f" Did you mean '{by_end[0]}'?" if by_end else nearest(key, keys + list(groups))
+            hint = f" Did you mean '{by_end[0]}'?" if by_end else nearest(key, [*keys, *groups])
             raise ValueError(f"Unknown configuration key '{key}'.{hint}")
         elif not word.startswith("~"):
-            word = "++" + word.lstrip("+")
+            if keys.get(key) in (str, str | None) and set(value) & set("()[]{}") and not set(value) & set(",'\""):
+                value = f"'{value}'"
+            word = f"++{key}={value}"
         checked.append(word)
     return checked
 

@@ -55,7 +55,9 @@ def test_right_command_lines_pass_and_any_typed_key_can_be_set():
     """`++` is how a key is set that no YAML file lists."""
     words = ["-m", "attention=softmax,flash", "hydra.verbose=true", "experiment=null", "~optim.betas"]
     words += ["seq_len=8192,16384", "attention.alpha=1.25", "+model.config.n_layer=2", "optim.betas=[0.9,0.99]"]
+    words += ["data.path=texts (old)/[0-9].txt", "run_dir='a (b)'"]
     expected = words[:5] + ["++" + word.lstrip("+") for word in words[5:]]
+    expected[-2] = "++data.path='texts (old)/[0-9].txt'"
     assert check_overrides(words, TrainConfig, GROUPS) == expected
 
 
