@@ -248,9 +248,7 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
             continue
         key, equals, value = word.lstrip("+~").partition("=")
         if not equals and not word.startswith("~"):
-            raise ValueError(
-                f"Expected key=value on the command line, got '{word}'.{nearest(word, [*keys, *groups])}"
-            )
+            raise ValueError(f"Expected key=value on the command line, got '{word}'.{nearest(word, [*keys, *groups])}")
         if key in groups:
             for member in value.split(",") if not any(c in value for c in "([{") else []:
                 if member not in groups[key] and member != "null":
