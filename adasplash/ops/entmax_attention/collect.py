@@ -1,0 +1,266 @@
+"""From scores to support: one dense pass leaves, for each query, a short list of keys that holds its whole support.
+
+A program takes a block of queries and walks over its key tiles from the right. The threshold of any subset of a row is a
+lower bound of the row's own threshold (the more terms, the larger), and what lies below it is never in the support. So
+each row carries the bound of the tile maxima seen so far; a tile whose maximum lies above it makes an entry: the tile,
+its maximum, and a bit for each key above the bound. After the walk, the threshold of all entries' maxima is a nearly
+tight bound; only the entries whose maximum lies above it have their bits turned into keys, which go to the block's slab
+of KEYS, row after row. A block whose entries or keys do not fit is left to tile mode. Nothing is dropped that could be in
+the support: the bounds are lowered by all that rounding can do.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..jit import entmax_weights, load_tile, newton_step, popcount, score_tile, visible_tiles
+
+# A first look at every so many tiles raises the bound before the walk.
+SAMPLE = tl.constexpr(16)
+# Tiles between two looks at how full the entries are.
+SEGMENT = tl.constexpr(64)
+# Turns a difference of scores into 0 or 1 with one saturating multiplication: no two scores differ by less than 2^-60.
+STEEP = tl.constexpr(2.0**60)
+
+
+@triton.jit
+def raise_bound(bound, slope, tile_top, z_scale, r, FORMULA: tl.constexpr):
+    """The row's bound, a raw score, after one more tile maximum.
+
+    Where z = 1 / z_scale times raw, sum p >= 1 at the bound for the maxima seen, by the tangent of a convex function: a
+    tile that adds d ** r allows a rise of d ** r / (r * slope), slope being at least sum u at the bound. A maximum that
+    lies more than 1 above the bound starts afresh, alone.
+    """
+    p, u = entmax_weights((tile_top - bound) * z_scale, r, FORMULA)
+    alone = tile_top - 1.0 / z_scale
+    afresh = alone > bound
+    slope = tl.where(afresh, 1.0, slope + u)
+    bound = tl.where(afresh, alone, bound + p / (r * z_scale * slope))
+    return bound, slope
+
+
+@triton.jit
+def bit_limit(bound, margin):
+    """What a score has to exceed for its bit: never so near 0 that a difference to it could be below 1 / STEEP."""
+    limit = bound - margin
+    return tl.where(tl.abs(limit) < 2.0**-30, -(2.0**-30), limit)
+
+
+@triton.jit
+def entry_top(record, live):
+    """The tile maxima of entries; -inf where not live."""
+    return tl.load(record + 1, mask=live, other=-8388608).to(tl.float32, bitcast=True)  # the bits of -inf
+
+
+@triton.jit
+def mark_tile(
+    raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries, seen,
+    BLOCK_M: tl.constexpr, HALVES: tl.constexpr, EIGHTS: tl.constexpr, FORMULA: tl.constexpr,
+):  # fmt: skip
+    """Enters a tile's scores (M, N) for the rows whose bound they exceed; returns bound, slope and found.
+
+    `seen`: the tile has raised the bound already. An entry of a row is 8 int32: at the even places 4 words of bits, then the tile's maximum (place 1), the tile (3).
+    """
+    apart = tl.reshape(raw, (BLOCK_M, HALVES, EIGHTS, 4, 2))
+    top = tl.max(tl.max(tl.max(tl.max(apart, 4), 2), 1), 1)
+    hit = (top > bound - margin) & (top > float("-inf"))
+    bound, slope = raise_bound(bound, slope, tl.where(seen, float("-inf"), top), z_scale, r, FORMULA)
+    limit = (bit_limit(bound, margin) * -STEEP)[:, None, None, None, None]
+    above = tl.minimum(tl.maximum(apart * STEEP + limit, 0.0), 1.0)
+    words = tl.sum(tl.sum(tl.sum(above * value, 4), 2).to(tl.int32) << half, 1)  # (M, 4)
+    word = tl.arange(0, 4)[None, :]
+    record = tl.join(words, tl.where(word == 0, top.to(tl.int32, bitcast=True)[:, None], tile))  # (M, 4, 2)
+    to = tl.where(hit & (found < entries), found * (BLOCK_M * 8) + tl.arange(0, BLOCK_M) * 8, -1)[:, None, None]
+    place = 2 * word[:, :, None] + tl.arange(0, 2)[None, None, :]
+    tl.store(RECORDS + (to + place), record, mask=to >= 0)
+    return bound, slope, found + hit.to(tl.int32)
+
+
+@triton.jit
+def settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M: tl.constexpr, FORMULA: tl.constexpr):
+    """Raises the bound to the threshold of the entries' maxima, nearly, and drops the entries below it."""
+    tl.debug_barrier()
+    most = tl.max(found, 0)
+    c = tl.arange(0, 16)
+    for _ in tl.static_range(2):
+        mass = tl.zeros((BLOCK_M,), tl.float32)
+        u_sum = tl.zeros((BLOCK_M,), tl.float32)
+        for begin in range(0, most, 16):
+            e = (begin + c)[None, :]
+            top = entry_top(record + e * (BLOCK_M * 8), e < found[:, None])
+            p, u = entmax_weights((top - bound[:, None]) * z_scale, r, FORMULA)
+            mass += tl.sum(p, 1)
+            u_sum += tl.sum(u, 1)
+        # Where the entries alone have sum p >= 1 they are what the bound rests on from here; at it, sum u is smaller still.
+        slope = tl.where(mass >= 1.0, u_sum, slope)
+        bound += tl.maximum(newton_step(mass, u_sum, r, FORMULA), 0.0) / z_scale
+    kept = tl.zeros((BLOCK_M,), tl.int32)
+    c = tl.arange(0, 4)
+    for begin in range(0, most, 4):
+        e = (begin + c)[None, :]
+        at = record + e * (BLOCK_M * 8)
+        stay = entry_top(at, e < found[:, None]) > (bound - margin)[:, None]
+        content = tl.load(at[:, :, None] + tl.arange(0, 8)[None, None, :], mask=stay[:, :, None], other=0)
+        to = kept[:, None] + tl.cumsum(stay.to(tl.int32), 1) - 1
+        kept += tl.sum(stay.to(tl.int32), 1)
+        tl.debug_barrier()  # all have read what is about to be overwritten
+        to = (record + to * (BLOCK_M * 8))[:, :, None] + tl.arange(0, 8)[None, None, :]
+        tl.store(to, content, mask=stay[:, :, None])
+    tl.debug_barrier()
+    return bound, slope, kept
+
+
+@triton.jit
+def collect_kernel(
+    Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
+    scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h,
+    batch_heads, heads, ratio, query_length, key_length, blocks, entries, capacity,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program per slot of RECORDS (slots, entries, M, 8); blocks of queries by turns, the last ones first."""
+    slot = tl.program_id(0).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    # A row's columns of a tile are dealt to 4 words as the tensor cores deal them to 4 threads: two neighbours each, in
+    # turn. So a word is formed within a thread. Column of bit b of word w: 64 (b // 16) + 8 (b % 16 // 2) + 2 w + b % 2.
+    HALVES: tl.constexpr = 2 if BLOCK_N == 128 else 1
+    EIGHTS: tl.constexpr = BLOCK_N // (8 * HALVES)
+    word = tl.arange(0, 4)[None, None, :]
+    bit = 2 * tl.arange(0, EIGHTS)[None, None, :, None, None] + tl.arange(0, 2)[None, None, None, None, :]
+    value = (1 << bit).to(tl.float32)
+    half = (16 * tl.arange(0, HALVES))[None, :, None]
+    RECORDS += slot * entries * (BLOCK_M * 8)
+    record = RECORDS + (m * 8)[:, None]
+
+    for work in range(tl.program_id(0), blocks * batch_heads, tl.num_programs(0)):
+        block = blocks - 1 - work // batch_heads
+        bh = work % batch_heads
+        b = (bh // heads).to(tl.int64)
+        h = bh % heads
+        row = block * BLOCK_M + m
+        inside = row < query_length
+        at = b * range_b + h.to(tl.int64) * range_h + row
+        start = tl.load(START + at, mask=inside, other=0)
+        stop = tl.load(STOP + at, mask=inside, other=0)
+        seeing = stop > start
+        first_tile, full_first, full_last, last_tile = visible_tiles(start, stop, key_length, BLOCK_N)
+
+        q_at = Q + b * q_b + h.to(tl.int64) * q_h + row[:, None].to(tl.int64) * q_t + d[None, :]
+        q = load_tile(q_at, d[None, :] < D, inside[:, None], D == BLOCK_D)
+        group = h // ratio
+        k_at = K + b * k_b + group.to(tl.int64) * k_h + n[None, :].to(tl.int64) * k_t + d[:, None]
+        alpha = tl.load(ALPHA + h).to(tl.float32)
+        z_scale = (alpha - 1.0) * scale
+        r = 1.0 / (alpha - 1.0)
+        groups = heads // ratio
+        slope_alibi = 0.0
+        query_position = row
+        key_position = KEY_POSITION
+        # A score summed in another order differs by at most D |q| |k| 2^-23; each rise of the bound rounds once.
+        wide = q.to(tl.float32)
+        margin = tl.sqrt(tl.sum(wide * wide, 1)) * tl.load(KEY_NORM + b * groups + group)
+        if HAS_ALIBI:
+            slope_alibi = tl.load(SLOPES + bh) / scale
+            query_position = tl.load(QUERY_POSITION + bh.to(tl.int64) * query_length + row, mask=inside, other=0)
+            key_position = KEY_POSITION + (b * groups + group) * key_length
+            margin = 2.0 * margin + 1.0 / z_scale  # |bias| <= |q| |k| + |score| where it matters
+        margin = (margin + 1.0 / z_scale) * ((D + 8 + last_tile - first_tile) * 2.0**-22)
+
+        bound = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        slope = tl.full((BLOCK_M,), 1.0, tl.float32)
+        found = tl.zeros((BLOCK_M,), tl.int32)
+
+        # Both edges, under a mask.
+        left = full_first - first_tile
+        for step in range(0, left + last_tile - full_last):
+            tile = tl.where(step < left, first_tile + step, full_last + step - left)
+            column = tile * BLOCK_N + n
+            in_length = column[None, :] < key_length
+            k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, in_length, D == BLOCK_D)
+            place = column
+            if HAS_ALIBI:
+                place = tl.load(key_position + column, mask=column < key_length, other=0)
+            raw = score_tile(q, k, query_position, place, slope_alibi, HAS_ALIBI, PRECISION)
+            raw = tl.where((column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None]), raw, float("-inf"))
+            bound, slope, found = mark_tile(
+                raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries, False,
+                BLOCK_M, HALVES, EIGHTS, FORMULA,
+            )  # fmt: skip
+
+        # Every SAMPLE-th tile for the bound alone, so that the walk starts with a fair one.
+        for step in tl.range(0, (full_last - full_first) // SAMPLE, num_stages=STAGES):
+            tile = full_first + step * SAMPLE + SAMPLE - 1
+            k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, None, D == BLOCK_D)
+            place = n
+            if HAS_ALIBI:
+                place = tl.load(key_position + tile * BLOCK_N + n)
+            raw = score_tile(q, k, query_position, place, slope_alibi, HAS_ALIBI, PRECISION)
+            bound, slope = raise_bound(bound, slope, tl.max(raw, 1), z_scale, r, FORMULA)
+
+        lost = 0
+        for begin in range(full_first, full_last, SEGMENT):
+            for step in tl.range(0, tl.minimum(SEGMENT, full_last - begin), num_stages=STAGES):
+                tile = full_last - 1 - (begin - full_first) - step
+                k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, None, D == BLOCK_D)
+                place = n
+                if HAS_ALIBI:
+                    place = tl.load(key_position + tile * BLOCK_N + n)
+                raw = score_tile(q, k, query_position, place, slope_alibi, HAS_ALIBI, PRECISION)
+                seen = (tile - full_first) % SAMPLE == SAMPLE - 1
+                bound, slope, found = mark_tile(
+                    raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries, seen,
+                    BLOCK_M, HALVES, EIGHTS, FORMULA,
+                )  # fmt: skip
+            most = tl.max(found, 0)
+            if (most > entries - SEGMENT) | (begin + SEGMENT >= full_last):
+                lost = tl.maximum(lost, most - entries)
+                found = tl.minimum(found, entries)
+                bound, slope, found = settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M, FORMULA)
+        if full_first == full_last:
+            lost = tl.max(found, 0) - entries
+            found = tl.minimum(found, entries)
+            bound, slope, found = settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M, FORMULA)
+        found = tl.where(seeing, found, 0)
+        most = tl.max(found, 0)
+
+        # The keys of the entries left: counted first, for each row's place in the slab.
+        e4 = tl.arange(0, 4)
+        count = tl.zeros((BLOCK_M,), tl.int32)
+        for begin in range(0, most, 4):
+            e = (begin + e4)[None, :]
+            live = e < found[:, None]
+            words = tl.load((record + e * (BLOCK_M * 8))[:, :, None] + 2 * word, mask=live[:, :, None], other=0)
+            count += tl.sum(tl.sum(popcount(words), 2), 1)
+        first = tl.cumsum(count, 0) - count
+        fits = (tl.sum(count, 0) <= capacity) & (lost <= 0)
+        slab = (bh.to(tl.int64) * blocks + block) * capacity
+        at = bh.to(tl.int64) * query_length + row
+        tl.store(IN_TILES + bh * blocks + block, tl.where(fits, 0, 1))
+        tl.store(BLOCK_RANGE + 2 * (bh * blocks + block), tl.min(tl.where(seeing, start, key_length), 0))
+        tl.store(BLOCK_RANGE + 2 * (bh * blocks + block) + 1, tl.max(tl.where(seeing, stop, 0), 0))
+        tl.store(FIRST + at, first, mask=inside)
+        tl.store(COUNT + at, tl.where(fits, count, 0), mask=inside)
+        tl.store(BOUND + at, bound, mask=inside)
+        if fits:
+            place = first
+            for begin in range(0, most, 4):
+                e = (begin + e4)[None, :]
+                live = e < found[:, None]
+                tile = tl.load(record + e * (BLOCK_M * 8) + 3, mask=live, other=0)
+                words = tl.load((record + e * (BLOCK_M * 8))[:, :, None] + 2 * word, mask=live[:, :, None], other=0)
+                here = popcount(words)  # (M, 4 entries, 4 words)
+                in_entry = tl.sum(here, 2)
+                before = place[:, None] + tl.cumsum(in_entry, 1) - in_entry
+                to = before[:, :, None] + tl.cumsum(here, 2) - here
+                place += tl.sum(in_entry, 1)
+                base = tile[:, :, None] * BLOCK_N + 2 * word
+                for bit_index in range(0, tl.max(tl.max(tl.max(here, 2), 1), 0)):
+                    b_ = popcount((words & -words) - 1)
+                    column = base + 64 * (b_ // 16) + 8 * (b_ % 16 // 2) + b_ % 2
+                    tl.store(KEYS + (slab + to), column, mask=words != 0)
+                    to += 1
+                    words = words & (words - 1)
+        tl.debug_barrier()

@@ -1,0 +1,294 @@
+"""Entmax attention on a GPU as torch operators: `adasplash::entmax_attention` and its backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..jit import GENERAL, INTERPRETED, LINEAR, QUADRATIC
+from ..tile_table import block_dim, entmax_tiles, list_shape
+from .collect import collect_kernel
+from .lists import (
+    columns_backward_kernel,
+    lay_out_columns_kernel,
+    rows_backward_kernel,
+    rows_forward_kernel,
+    sort_columns_kernel,
+    transpose_kernel,
+)
+from .tiles import tiles_backward_columns_kernel, tiles_backward_rows_kernel, tiles_forward_kernel
+
+# Slots of a block's slab per query: blocks whose queries need more on average are computed in tile mode.
+KEYS_PER_QUERY = 64
+# Tiles that a row may mark while it is scanned; rows that mark more go to tile mode.
+ENTRIES = 160
+# Longer columns of the transposed lists are computed as dense tiles: keys that very many queries attend to.
+LONGEST_COLUMN = 256
+
+
+def formula_of(alpha: float | None) -> int:
+    """The kernels' formula for a known alpha; None: alpha is only known on the GPU."""
+    return {1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
+
+
+def _slots(device: torch.device, warps: int) -> int:
+    """Programs that fit on the GPU at once, two of 8 warps on each multiprocessor; each has scratch of its own."""
+    if INTERPRETED:
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count * (16 // warps)
+
+
+def _shapes(q: Tensor, k: Tensor):
+    batch, heads, query_length, dim = q.shape
+    tiles = entmax_tiles(dim, q.dtype)
+    return batch, heads, k.shape[1], query_length, k.shape[2], dim, tiles, triton.cdiv(query_length, tiles["collect"].block_m)
+
+
+def _empty_outputs(q: Tensor, k: Tensor, keys_per_query: int):
+    batch, heads, _, query_length, _, _, tiles, blocks = _shapes(q, k)
+    rows = (batch, heads, query_length)
+    return (
+        torch.empty_like(q),  # out
+        torch.empty_like(q),  # mean
+        q.new_empty(rows, dtype=torch.float32),  # tau
+        q.new_empty(batch * heads * blocks * tiles["collect"].block_m * keys_per_query, dtype=torch.int32),  # keys
+        q.new_empty(rows, dtype=torch.int32),  # first
+        q.new_empty(rows, dtype=torch.int32),  # count
+        q.new_empty((batch * heads, blocks), dtype=torch.int32),  # in_tiles
+        q.new_empty((batch * heads, blocks, 2), dtype=torch.int32),  # block_range
+    )
+
+
+def _common(q: Tensor, k: Tensor, formula: int, slopes: Tensor | None) -> dict:
+    return {"D": q.shape[-1], "BLOCK_D": block_dim(q.shape[-1]), "FORMULA": formula, "HAS_ALIBI": slopes is not None}
+
+
+def _dense(q: Tensor, tiles) -> dict:
+    return {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "STAGES": tiles.stages,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "num_warps": tiles.warps,
+    }
+
+
+def _tile_mode(in_tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks in tile mode, first in their row of (B * H, blocks), and how many they are, (B * H,)."""
+    return (1 - in_tiles).argsort(dim=-1, stable=True), in_tiles.sum(-1, dtype=torch.int32)
+
+
+@torch.library.custom_op("adasplash::entmax_attention", mutates_args=(), device_types=None if INTERPRETED else "cuda")
+def entmax_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    alpha: Tensor,
+    slopes: Tensor | None,
+    query_position: Tensor | None,
+    key_position: Tensor | None,
+    scale: float,
+    formula: int,
+    keys_per_query: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q (B, H, Tq, D); k, v (B, G, Tk, D), last stride 1; start, stop (B, H, Tq) int32; alpha (H,); slopes (B, H).
+
+    Returns out and mean (as q), tau (B, H, Tq), and the support: keys (slabs of the blocks), first and count (B, H, Tq),
+    in_tiles (B * H, blocks), block_range (B * H, blocks, 2).
+    """
+    batch, heads, groups, query_length, key_length, dim, tiles, blocks = _shapes(q, k)
+    out, mean, tau, keys, first, count, in_tiles, block_range = _empty_outputs(q, k, keys_per_query)
+    shape = tiles["collect"]
+    capacity = shape.block_m * keys_per_query
+    common = _common(q, k, formula, slopes)
+    ratio = heads // groups
+    slots = min(_slots(q.device, shape.warps), batch * heads * blocks)
+    records = q.new_empty((slots, ENTRIES, shape.block_m, 8), dtype=torch.int32)
+    bound = torch.empty_like(tau)
+    key_norm = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(-1).contiguous()
+    positions = (slopes, query_position, key_position)
+    ranges = (start.stride(0), start.stride(1))
+    collect_kernel[(slots,)](
+        q, k, key_norm, start, stop, alpha, *positions,
+        records, keys, first, count, bound, in_tiles, block_range,
+        scale, *q.stride()[:3], *k.stride()[:3], *ranges,
+        batch * heads, heads, ratio, query_length, key_length, blocks, ENTRIES, capacity,
+        maxnreg=128 if shape.warps == 8 else 255, **common, **_dense(q, shape),
+    )  # fmt: skip
+    del records
+    lists = list_shape(dim)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
+    rows_forward_kernel[(triton.cdiv(query_length, lists.rows), batch * heads)](
+        q, k, v, alpha, *positions, keys, first, count, in_tiles, bound,
+        torch.empty_like(keys, dtype=torch.float32),
+        out, mean, tau,
+        scale, *strides, heads, ratio, query_length, key_length, blocks, capacity,
+        BLOCK_M=shape.block_m, ROWS=lists.rows, PAIRS=lists.pairs, num_warps=lists.warps, num_stages=1, **common,
+    )  # fmt: skip
+    block_list, block_count = _tile_mode(in_tiles)
+    tiles_forward_kernel[(blocks, batch * heads)](
+        q, k, v, start, stop, alpha, *positions, block_list, block_count, bound, out, mean, tau,
+        scale, *strides, *ranges, heads, ratio, query_length, key_length, blocks,
+        **common, **_dense(q, tiles["forward"]),
+    )  # fmt: skip
+    return out, mean, tau, keys, first, count, in_tiles, block_range
+
+
+@entmax_attention_forward.register_fake
+def _(q, k, v, start, stop, alpha, slopes, query_position, key_position, scale, formula, keys_per_query):
+    return _empty_outputs(q, k, keys_per_query)
+
+
+@torch.library.custom_op(
+    "adasplash::entmax_attention_backward", mutates_args=(), device_types=None if INTERPRETED else "cuda"
+)
+def entmax_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    alpha: Tensor,
+    slopes: Tensor | None,
+    query_position: Tensor | None,
+    key_position: Tensor | None,
+    mean: Tensor,
+    tau: Tensor,
+    keys: Tensor,
+    first: Tensor,
+    count: Tensor,
+    in_tiles: Tensor,
+    block_range: Tensor,
+    scale: float,
+    formula: int,
+    keys_per_query: int,
+    alpha_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv as q, k, v, and the gradient for alpha (H,), which is empty unless asked for."""
+    batch, heads, groups, query_length, key_length, dim, tiles, blocks = _shapes(q, k)
+    capacity = tiles["collect"].block_m * keys_per_query
+    ratio = heads // groups
+    common = _common(q, k, formula, slopes)
+    positions = (slopes, query_position, key_position)
+    ranges = (start.stride(0), start.stride(1))
+    inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = torch.empty_like(tau)
+    d_alpha = torch.empty_like(tau) if alpha_gradient else tau.new_empty(1)
+    column_count = q.new_zeros((batch * groups, key_length), dtype=torch.int32)
+    lists = list_shape(dim)
+    list_grid = (triton.cdiv(query_length, lists.rows), batch * heads)
+    in_lists = {"ROWS": lists.rows, "PAIRS": lists.pairs, "num_warps": lists.warps, "num_stages": 1}
+    rows_backward_kernel[list_grid](
+        q, k, v, alpha, *positions, keys, first, count, in_tiles, tau, mean, d_out, delta, column_count, dq, d_alpha,
+        scale, *inputs, *dq.stride()[:3], heads, ratio, query_length, key_length, blocks, capacity,
+        BLOCK_M=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **in_lists, **common,
+    )  # fmt: skip
+    block_list, block_count = _tile_mode(in_tiles)
+    tiles_backward_rows_kernel[(blocks, batch * heads)](
+        q, k, v, start, stop, alpha, *positions, block_list, block_count, tau, mean, d_out, delta, dq, d_alpha,
+        scale, *inputs, *dq.stride()[:3], *ranges, heads, ratio, query_length, key_length, blocks,
+        ALPHA_GRADIENT=alpha_gradient, **common, **_dense(q, tiles["rows"]),
+    )  # fmt: skip
+
+    region = ratio * blocks * capacity  # entries of one (batch, key head)
+    sinks_at_most = max(1, min(key_length, region // LONGEST_COLUMN))
+    cursor = q.new_empty((batch * groups, key_length, 2), dtype=torch.int64)
+    queries = torch.empty_like(keys)
+    sinks = q.new_empty((batch * groups, sinks_at_most), dtype=torch.int32)
+    sink_count = q.new_empty(batch * groups, dtype=torch.int32)
+    lay_out_columns_kernel[(batch * groups,)](
+        column_count, cursor, sinks, sink_count, key_length, region, sinks_at_most, LONGEST_COLUMN, AT_ONCE=1024
+    )
+    transpose_kernel[list_grid](
+        keys, first, count, in_tiles, cursor, queries,
+        heads, ratio, query_length, key_length, blocks, capacity, LONGEST_COLUMN,
+        BLOCK_M=tiles["collect"].block_m, **{**in_lists, "PAIRS": 16},
+    )  # fmt: skip
+    columns = batch * groups * key_length
+    sort_columns_kernel[(triton.cdiv(columns, 4),)](cursor, queries, columns, LONGEST_COLUMN, COLUMNS=4, num_warps=1)
+    columns = {"COLUMNS": lists.rows, "PAIRS": lists.pairs, "num_warps": lists.warps, "num_stages": 1}
+    outputs = (*dk.stride()[:3], *dv.stride()[:3])
+    columns_backward_kernel[(triton.cdiv(key_length, lists.rows), batch * groups)](
+        q, k, v, alpha, *positions, cursor, queries, tau, delta, d_out, dk, dv,
+        scale, *inputs, *outputs, groups, ratio, query_length, key_length, **columns, **common,
+    )  # fmt: skip
+    shape = tiles["columns"]
+    for of_sinks, columns in ((True, sinks_at_most), (False, key_length)):
+        tiles_backward_columns_kernel[(triton.cdiv(columns, shape.block_n), batch * groups)](
+            q, k, v, start, stop, alpha, *positions, block_list, block_count, block_range, in_tiles, sinks, sink_count,
+            tau, delta, d_out, dk, dv,
+            scale, *inputs, *outputs, *ranges, groups, ratio, query_length, key_length, blocks, sinks_at_most,
+            OF_SINKS=of_sinks, QUERY_BLOCK=tiles["collect"].block_m, **common, **_dense(q, shape),
+        )  # fmt: skip
+    return dq, dk, dv, d_alpha.sum((0, 2)) if alpha_gradient else tau.new_empty(0)
+
+
+@entmax_attention_backward.register_fake
+def _(d_out, q, k, v, start, stop, alpha, *rest):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), alpha.new_empty(alpha.shape if rest[-1] else 0, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, start, stop, alpha, slopes, query_position, key_position, ctx.scale, ctx.formula, ctx.keys_per_query = inputs
+    _, *saved = output
+    ctx.save_for_backward(
+        q, k, v, start, stop, alpha, slopes, query_position, key_position, *saved
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_out, *unused):
+    if d_out is None:
+        return (None,) * 12
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    alpha_gradient = ctx.needs_input_grad[5]
+    dq, dk, dv, d_alpha = entmax_attention_backward(
+        d_out, *ctx.saved_tensors, ctx.scale, ctx.formula, ctx.keys_per_query, alpha_gradient
+    )
+    return dq, dk, dv, None, None, d_alpha if alpha_gradient else None, *(None,) * 6
+
+
+entmax_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def entmax_attention_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_range,
+    *,
+    alpha: float | Tensor,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+) -> Tensor:
+    """What `range_attention` computes, by kernels; arguments as there, alpha > 1, scale > 0, tensors on one GPU."""
+    batch, heads, _, _ = q.shape
+    if isinstance(alpha, Tensor):
+        formula = GENERAL
+        alpha = alpha.reshape(-1).float().expand(heads)
+    else:
+        formula = formula_of(alpha)
+        alpha = torch.full((heads,), alpha, device=q.device)
+    slopes = None
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.float().reshape(-1, heads).expand(batch, heads).contiguous()
+        query_positions = query_positions.int().contiguous()
+        key_positions = key_positions.int().contiguous()
+    else:
+        query_positions = key_positions = None
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    start, stop = _last_contiguous(key_range.start), _last_contiguous(key_range.stop)
+    return entmax_attention_forward(
+        q, k, v, start, stop, alpha.contiguous(), slopes, query_positions, key_positions, scale, formula, KEYS_PER_QUERY
+    )[0]

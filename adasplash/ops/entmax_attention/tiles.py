@@ -1,0 +1,307 @@
+"""Entmax attention on whole tiles, for what is too dense for lists: blocks of queries with a large support, and sink keys.
+
+The same mathematics as on lists, on tensor cores. BLOCKS (B * H, blocks) names the query blocks in tile mode, the first
+BLOCK_COUNT[B * H] of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..jit import entmax_weights, largest, load_tile, newton_step, score_tile, visible_tiles
+
+NEWTON_STEPS = tl.constexpr(16)  # at most; two or three are usual
+CLOSE = tl.constexpr(1e-2)  # a last step of this size leaves a few 1e-4, and the correction after it squares that
+
+
+@triton.jit
+def tiles_forward_kernel(
+    Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BOUND, OUT, MEAN, TAU,
+    scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, range_b, range_h,
+    heads, ratio, query_length, key_length, blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Refines the bound to the threshold, then tau, out and the u-weighted mean of v in one pass.
+
+    The last correction of tau comes from that pass itself: with e = (sum p - 1) / (r sum u), tau = t + e and, as
+    dp/dt = -r u, out = sum p v - r e sum u v, up to terms in e squared.
+    """
+    bh = tl.program_id(1)
+    if tl.program_id(0) < tl.load(BLOCK_COUNT + bh):
+        block = tl.load(BLOCKS + bh * blocks + tl.program_id(0)).to(tl.int32)
+        b = (bh // heads).to(tl.int64)
+        h = bh % heads
+        group = (h // ratio).to(tl.int64)
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tl.arange(0, BLOCK_N)
+        d = tl.arange(0, BLOCK_D)
+        inside = row < query_length
+        at = bh.to(tl.int64) * query_length + row
+        range_at = b * range_b + h.to(tl.int64) * range_h + row
+        start = tl.load(START + range_at, mask=inside, other=0)
+        stop = tl.load(STOP + range_at, mask=inside, other=0)
+        first, full_first, full_last, last = visible_tiles(start, stop, key_length, BLOCK_N)
+        q_at = Q + b * q_b + h.to(tl.int64) * q_h + row[:, None].to(tl.int64) * q_t + d[None, :]
+        q = load_tile(q_at, d[None, :] < D, inside[:, None], D == BLOCK_D)
+        k_at = K + b * k_b + group * k_h + n[None, :].to(tl.int64) * k_t + d[:, None]
+        v_at = V + b * v_b + group * v_h + n[:, None].to(tl.int64) * v_t + d[None, :]
+        alpha = tl.load(ALPHA + h).to(tl.float32)
+        z_scale = (alpha - 1.0) * scale
+        r = 1.0 / (alpha - 1.0)
+        slope = 0.0
+        query_position = row
+        if HAS_ALIBI:
+            slope = tl.load(SLOPES + bh) / scale
+            query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
+            KEY_POSITION += (b * (heads // ratio) + group) * key_length
+        seeing = stop > start
+        tau = tl.where(seeing, tl.load(BOUND + at, mask=inside, other=0.0) * z_scale, 0.0)
+
+        steps = 0
+        while steps < NEWTON_STEPS:
+            mass = tl.zeros((BLOCK_M,), tl.float32)
+            u_sum = tl.zeros((BLOCK_M,), tl.float32)
+            for part in tl.static_range(3):  # left edge, inside, right edge
+                begin = first if part == 0 else (full_first if part == 1 else full_last)
+                end = full_first if part == 0 else (full_last if part == 1 else last)
+                for step_ in tl.range(0, end - begin, num_stages=STAGES):
+                    tile = begin + step_
+                    column = tile * BLOCK_N + n
+                    in_length = column[None, :] < key_length if part != 1 else None
+                    k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, in_length, D == BLOCK_D)
+                    place = column
+                    if HAS_ALIBI:
+                        place = tl.load(KEY_POSITION + column, mask=column < key_length, other=0)
+                    raw = score_tile(q, k, query_position, place, slope, HAS_ALIBI, PRECISION)
+                    distance = raw * z_scale - tau[:, None]
+                    if part != 1:
+                        visible = (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
+                        distance = tl.where(visible, distance, 0.0)
+                    p, u = entmax_weights(distance, r, FORMULA)
+                    mass += tl.sum(p, 1)
+                    u_sum += tl.sum(u, 1)
+            step = newton_step(mass, u_sum, r, FORMULA)
+            tau += step
+            steps = tl.where(largest(tl.where(seeing, tl.abs(step), 0.0)) > CLOSE, steps + 1, NEWTON_STEPS)
+
+        out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        mass = tl.zeros((BLOCK_M,), tl.float32)
+        u_sum = tl.zeros((BLOCK_M,), tl.float32)
+        for part in tl.static_range(3):
+            begin = first if part == 0 else (full_first if part == 1 else full_last)
+            end = full_first if part == 0 else (full_last if part == 1 else last)
+            for step_ in tl.range(0, end - begin, num_stages=STAGES):
+                tile = begin + step_
+                column = tile * BLOCK_N + n
+                in_length = column[None, :] < key_length if part != 1 else None
+                k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, in_length, D == BLOCK_D)
+                in_length = column[:, None] < key_length if part != 1 else None
+                v = load_tile(v_at + (tile * BLOCK_N).to(tl.int64) * v_t, d[None, :] < D, in_length, D == BLOCK_D)
+                place = column
+                if HAS_ALIBI:
+                    place = tl.load(KEY_POSITION + column, mask=column < key_length, other=0)
+                raw = score_tile(q, k, query_position, place, slope, HAS_ALIBI, PRECISION)
+                distance = raw * z_scale - tau[:, None]
+                if part != 1:
+                    visible = (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
+                    distance = tl.where(visible, distance, 0.0)
+                p, u = entmax_weights(distance, r, FORMULA)
+                mass += tl.sum(p, 1)
+                u_sum += tl.sum(u, 1)
+                out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
+                mean = tl.dot(u.to(v.dtype), v, mean, input_precision=PRECISION)
+        left = tl.where(seeing, (mass - 1.0) / (r * tl.where(u_sum > 0.0, u_sum, 1.0)), 0.0)
+        out -= (r * left)[:, None] * mean
+        mean = mean / tl.where(u_sum > 0.0, u_sum, 1.0)[:, None]
+        to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
+        full = inside[:, None] & (d < D)[None, :]
+        tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
+        tl.store(MEAN + to, mean.to(MEAN.dtype.element_ty), mask=full)
+        tl.store(TAU + at, tau + left, mask=inside)
+
+
+@triton.jit
+def tiles_backward_rows_kernel(
+    Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, TAU, MEAN, D_OUT,
+    DELTA, DQ, D_ALPHA,
+    scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dq_b, dq_h, dq_t, range_b, range_h,
+    heads, ratio, query_length, key_length, blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, ALPHA_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq, delta and the rows' shares of the gradient for alpha."""
+    bh = tl.program_id(1)
+    if tl.program_id(0) < tl.load(BLOCK_COUNT + bh):
+        block = tl.load(BLOCKS + bh * blocks + tl.program_id(0)).to(tl.int32)
+        b = (bh // heads).to(tl.int64)
+        h = bh % heads
+        group = (h // ratio).to(tl.int64)
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tl.arange(0, BLOCK_N)
+        d = tl.arange(0, BLOCK_D)
+        inside = row < query_length
+        at = bh.to(tl.int64) * query_length + row
+        range_at = b * range_b + h.to(tl.int64) * range_h + row
+        start = tl.load(START + range_at, mask=inside, other=0)
+        stop = tl.load(STOP + range_at, mask=inside, other=0)
+        first, full_first, full_last, last = visible_tiles(start, stop, key_length, BLOCK_N)
+        q_at = Q + b * q_b + h.to(tl.int64) * q_h + row[:, None].to(tl.int64) * q_t + d[None, :]
+        q = load_tile(q_at, d[None, :] < D, inside[:, None], D == BLOCK_D)
+        o_at = D_OUT + b * o_b + h.to(tl.int64) * o_h + row[:, None].to(tl.int64) * o_t + d[None, :]
+        d_out = load_tile(o_at, d[None, :] < D, inside[:, None], D == BLOCK_D)
+        like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
+        mean = load_tile(MEAN + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
+        delta = tl.sum(d_out.to(tl.float32) * mean.to(tl.float32), 1)
+        k_at = K + b * k_b + group * k_h + n[None, :].to(tl.int64) * k_t + d[:, None]
+        v_at = V + b * v_b + group * v_h + n[None, :].to(tl.int64) * v_t + d[:, None]
+        alpha = tl.load(ALPHA + h).to(tl.float32)
+        z_scale = (alpha - 1.0) * scale
+        r = 1.0 / (alpha - 1.0)
+        tau = tl.load(TAU + at, mask=inside, other=0.0)
+        slope = 0.0
+        query_position = row
+        if HAS_ALIBI:
+            slope = tl.load(SLOPES + bh) / scale
+            query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
+            KEY_POSITION += (b * (heads // ratio) + group) * key_length
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        p_dp = tl.zeros((BLOCK_M,), tl.float32)
+        entropy_dp = tl.zeros((BLOCK_M,), tl.float32)
+        for part in tl.static_range(3):
+            begin = first if part == 0 else (full_first if part == 1 else full_last)
+            end = full_first if part == 0 else (full_last if part == 1 else last)
+            for step_ in tl.range(0, end - begin, num_stages=STAGES):
+                tile = begin + step_
+                column = tile * BLOCK_N + n
+                in_length = column[None, :] < key_length if part != 1 else None
+                k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, in_length, D == BLOCK_D)
+                v = load_tile(v_at + (tile * BLOCK_N).to(tl.int64) * v_t, d[:, None] < D, in_length, D == BLOCK_D)
+                place = column
+                if HAS_ALIBI:
+                    place = tl.load(KEY_POSITION + column, mask=column < key_length, other=0)
+                raw = score_tile(q, k, query_position, place, slope, HAS_ALIBI, PRECISION)
+                distance = raw * z_scale - tau[:, None]
+                if part != 1:
+                    visible = (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
+                    distance = tl.where(visible, distance, 0.0)
+                p, u = entmax_weights(distance, r, FORMULA)
+                dp = tl.dot(d_out, v, input_precision=PRECISION) - delta[:, None]
+                dq = tl.dot((u * dp).to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+                if ALPHA_GRADIENT:
+                    p_dp += tl.sum(p * dp, 1)
+                    entropy_dp -= tl.sum(p * tl.log(tl.maximum(p, 1e-37)) * dp, 1)
+        full = inside[:, None] & (d < D)[None, :]
+        tl.store(DQ + like_q, (dq * scale).to(DQ.dtype.element_ty), mask=full)
+        tl.store(DELTA + at, delta, mask=inside)
+        if ALPHA_GRADIENT:
+            tl.store(D_ALPHA + at, p_dp * r * r + entropy_dp * r, mask=inside)
+
+
+@triton.jit
+def tiles_backward_columns_kernel(
+    Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BLOCK_RANGE, IN_TILES, SINKS, SINK_COUNT,
+    TAU, DELTA, D_OUT, DK, DV,
+    scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    range_b, range_h, groups, ratio, query_length, key_length, blocks, sinks_at_most,
+    OF_SINKS: tl.constexpr, QUERY_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds to dk and dv what the lists left out: all keys with the blocks in tile mode, or the sinks with the others."""
+    bg = tl.program_id(1)
+    b = (bg // groups).to(tl.int64)
+    group = (bg % groups).to(tl.int64)
+    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if OF_SINKS:
+        work = tl.load(SINK_COUNT + bg) - tl.program_id(0) * BLOCK_N
+        present = place < tl.load(SINK_COUNT + bg)
+        key = tl.load(SINKS + bg.to(tl.int64) * sinks_at_most + place, mask=present, other=0)
+    else:
+        work = 0
+        for local in range(0, ratio):
+            work += tl.load(BLOCK_COUNT + bg * ratio + local)
+        present = place < key_length
+        key = place
+    if work > 0:
+        d = tl.arange(0, BLOCK_D)
+        m = tl.arange(0, BLOCK_M)
+        in_dim = d[None, :] < D
+        wide_key = key[:, None].to(tl.int64)
+        k_at = K + b * k_b + group * k_h + wide_key * k_t + d[None, :]
+        k = load_tile(k_at, in_dim, present[:, None], D == BLOCK_D)
+        v_at = V + b * v_b + group * v_h + wide_key * v_t + d[None, :]
+        v = load_tile(v_at, in_dim, present[:, None], D == BLOCK_D)
+        first_key = tl.min(tl.where(present, key, key_length), 0)
+        last_key = tl.max(key, 0)
+        key_position = key
+        if HAS_ALIBI:
+            key_at = (b * groups + group) * key_length + key
+            key_position = tl.load(KEY_POSITION + key_at, mask=present, other=0)
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for local in range(0, ratio):
+            bh = bg * ratio + local
+            h = (group * ratio + local).to(tl.int64)
+            alpha = tl.load(ALPHA + h).to(tl.float32)
+            z_scale = (alpha - 1.0) * scale
+            r = 1.0 / (alpha - 1.0)
+            slope = 0.0
+            if HAS_ALIBI:
+                slope = tl.load(SLOPES + bh) / scale
+            todo = blocks
+            if not OF_SINKS:
+                todo = tl.load(BLOCK_COUNT + bh)
+            # from the first to the last block that sees any of these keys
+            lo = todo
+            hi = 0
+            for begin in range(0, todo, 128):
+                index = begin + tl.arange(0, 128)
+                live = index < todo
+                block = index
+                if not OF_SINKS:
+                    block = tl.load(BLOCKS + bh * blocks + index, mask=live, other=0).to(tl.int32)
+                block_at = 2 * (bh * blocks + block)
+                live = live & (tl.load(BLOCK_RANGE + block_at, mask=live, other=0) <= last_key)
+                live = live & (tl.load(BLOCK_RANGE + block_at + 1, mask=live, other=0) > first_key)
+                lo = tl.minimum(lo, tl.min(tl.where(live, index, todo), 0))
+                hi = tl.maximum(hi, tl.max(tl.where(live, index + 1, 0), 0))
+            PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
+            for step in tl.range(0, (hi - lo) * PARTS, num_stages=STAGES):
+                block = lo + step // PARTS
+                if not OF_SINKS:
+                    block = tl.load(BLOCKS + bh * blocks + block).to(tl.int32)
+                row = block * QUERY_BLOCK + step % PARTS * BLOCK_M + m
+                inside = row < query_length
+                range_at = b * range_b + h * range_h + row
+                start = tl.load(START + range_at, mask=inside, other=0)
+                stop = tl.load(STOP + range_at, mask=inside, other=0)
+                if OF_SINKS:  # rows in tile mode are not the sinks' business
+                    stop = tl.where(tl.load(IN_TILES + bh * blocks + block) == 0, stop, 0)
+                at = bh.to(tl.int64) * query_length + row
+                q_at = Q + b * q_b + h * q_h + row[:, None].to(tl.int64) * q_t + d[None, :]
+                q = load_tile(q_at, in_dim, inside[:, None], D == BLOCK_D)
+                o_at = D_OUT + b * o_b + h * o_h + row[:, None].to(tl.int64) * o_t + d[None, :]
+                d_out = load_tile(o_at, in_dim, inside[:, None], D == BLOCK_D)
+                tau = tl.load(TAU + at, mask=inside, other=0.0)
+                delta = tl.load(DELTA + at, mask=inside, other=0.0)
+                query_position = row
+                if HAS_ALIBI:
+                    query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
+                raw = score_tile(k, tl.trans(q), key_position, query_position, slope, HAS_ALIBI, PRECISION)
+                visible = (key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :])
+                distance = tl.where(visible, raw * z_scale - tau[None, :], 0.0)  # (N, M)
+                p, u = entmax_weights(distance, r, FORMULA)
+                dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+                ds = u * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        full = present[:, None] & in_dim
+        dk_at = DK + b * dk_b + group * dk_h + wide_key * dk_t + d[None, :]
+        dv_at = DV + b * dv_b + group * dv_h + wide_key * dv_t + d[None, :]
+        dk = dk * scale + tl.load(dk_at, mask=full, other=0.0).to(tl.float32)
+        dv += tl.load(dv_at, mask=full, other=0.0).to(tl.float32)
+        tl.store(dk_at, dk.to(DK.dtype.element_ty), mask=full)
+        tl.store(dv_at, dv.to(DV.dtype.element_ty), mask=full)

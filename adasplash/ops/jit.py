@@ -1,0 +1,107 @@
+"""Small pieces that several kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Which formula a kernel is built for: p = d ** r with d = z - tau and r = 1 / (alpha - 1).
+GENERAL = 0  # any 1 < alpha <= 2, read from a tensor
+LINEAR = 1  # alpha = 2
+QUADRATIC = 2  # alpha = 1.5
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def load_tile(pointers, in_dim, in_length, FULL_DIM: tl.constexpr):
+    """A tile with zeros outside; in_length None: wholly inside the sequence; FULL_DIM: the dim needs no mask either."""
+    if in_length is None:
+        if FULL_DIM:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=in_dim, other=0.0)
+    else:
+        if FULL_DIM:
+            return tl.load(pointers, mask=in_length, other=0.0)
+        else:
+            return tl.load(pointers, mask=in_dim & in_length, other=0.0)
+
+
+@triton.jit
+def visible_tiles(start, stop, key_length, BLOCK_N: tl.constexpr):
+    """Of rows with these ranges: (first, full_first, full_last, last) key tiles.
+
+    Tiles in [first, last) are seen by some row, those in [full_first, full_last) wholly by every row that sees anything.
+    """
+    seeing = stop > start
+    first = tl.min(tl.where(seeing, start, key_length), 0) // BLOCK_N
+    last = tl.maximum(tl.cdiv(tl.max(tl.where(seeing, stop, 0), 0), BLOCK_N), first)
+    full_first = tl.cdiv(tl.max(tl.where(seeing, start, 0), 0), BLOCK_N)
+    full_first = tl.minimum(tl.maximum(full_first, first), last)
+    full_last = tl.min(tl.where(seeing, stop, key_length), 0) // BLOCK_N
+    full_last = tl.maximum(tl.minimum(full_last, last), full_first)
+    return first, full_first, full_last, last
+
+
+@triton.jit
+def score_tile(q, k, query_position, key_position, slope, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr):
+    """q (M, D), k (D, N) -> raw scores (M, N) in float32: not yet times scale; slope is the ALiBi slope over scale."""
+    raw = tl.dot(q, k, input_precision=PRECISION)
+    if HAS_ALIBI:
+        raw -= slope * tl.abs(query_position[:, None] - key_position[None, :]).to(tl.float32)
+    return raw
+
+
+@triton.jit
+def power(x, exponent):
+    """x ** exponent for x >= 0 in float32, with 0 ** anything = 0."""
+    return tl.where(x > 0.0, tl.exp2(exponent * tl.log2(tl.maximum(x, 1e-37))), 0.0)
+
+
+@triton.jit
+def entmax_weights(distance, r, FORMULA: tl.constexpr):
+    """p = d ** r and u = p ** (2 - alpha) = d ** (r - 1), both 0 where d = z - tau <= 0."""
+    d = tl.maximum(distance, 0.0)
+    if FORMULA == 2:
+        return d * d, d
+    elif FORMULA == 1:
+        return d, tl.where(d > 0.0, 1.0, 0.0)
+    else:
+        u = power(d, r - 1.0)
+        return u * d, u
+
+
+@triton.jit
+def newton_step(mass, slope, r, FORMULA: tl.constexpr):
+    """What to add to t, given mass = sum p and slope = sum u at t: Newton's method on (sum (z - t) ** r) ** (1 / r) = 1.
+
+    That norm is convex and decreasing in t, so that from the left the steps never pass the root, and it is so nearly a
+    straight line that a few of them are enough even for alpha near 1, where r is large.
+    """
+    if FORMULA == 2:
+        root = tl.sqrt(mass)
+    elif FORMULA == 1:
+        root = 1.0
+    else:
+        root = power(mass, 1.0 - 1.0 / r)
+    return tl.where(slope > 0.0, (mass - root) / tl.maximum(slope, 1e-30), 0.0)
+
+
+@triton.jit
+def largest(x):
+    """The largest of a value per row, bit for bit the same in all threads, as a condition has to be.
+
+    A row is held by several threads. Where a sum over them was contracted with a product, their copies may differ in the
+    last bit, and tl.max(x, 0) would give each thread the largest of its own copies.
+    """
+    return tl.max(tl.max(tl.broadcast_to(x[:, None], (x.shape[0], 32)), 1), 0)
+
+
+@triton.jit
+def popcount(x):
+    """Number of set bits of each int32."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 0xFF

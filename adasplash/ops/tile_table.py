@@ -1,0 +1,65 @@
+"""Tile shapes of the kernels: found by measuring, looked up at run time, so that a first call compiles one variant only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """Shape of one kernel's programs: rows and columns of a score tile, warps, and stages of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def block_dim(dim: int) -> int:
+    """The head dim as kernels hold it: a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def entmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
+    """Tiles of the kernels of entmax attention for a head dim and dtype; all but `columns` share block_m.
+
+    Measured on an H200; kernels run with them on other GPUs from Ampere on.
+    """
+    wide = block_dim(dim)
+    if dtype == torch.float32:
+        tiles = Tiles(64, 32, 4, 1) if wide <= 128 else Tiles(32, 16, 8, 1)
+        return dict.fromkeys(("collect", "forward", "rows", "columns"), tiles)
+    if wide <= 64:
+        return {
+            "collect": Tiles(128, 128, 8, 3),
+            "forward": Tiles(128, 64, 8, 3),
+            "rows": Tiles(128, 64, 8, 2),
+            "columns": Tiles(64, 128, 8, 2),
+        }
+    if wide <= 128:
+        return {
+            "collect": Tiles(128, 64, 8, 3),
+            "forward": Tiles(128, 64, 8, 2),
+            "rows": Tiles(128, 32, 8, 2),
+            "columns": Tiles(64, 64, 8, 2),
+        }
+    return {
+        "collect": Tiles(64, 64, 4, 2),
+        "forward": Tiles(64, 32, 8, 2),
+        "rows": Tiles(64, 32, 8, 1),
+        "columns": Tiles(32, 64, 8, 1),
+    }
+
+
+class ListShape(NamedTuple):
+    """Shape of a list kernel's programs: rows (or columns) side by side, pairs of each at a time, warps."""
+
+    rows: int
+    pairs: int
+    warps: int
+
+
+def list_shape(dim: int) -> ListShape:
+    """For gathers of `dim` wide rows: as many loads in flight as registers allow."""
+    return ListShape(4, max(1, 256 // block_dim(dim)), 1)
