@@ -60,6 +60,6 @@ class ListShape(NamedTuple):
     warps: int
 
 
-def list_shape(dim: int) -> ListShape:
+def list_shape(dim: int, backward: bool) -> ListShape:
     """For gathers of `dim` wide rows: as many loads in flight as registers allow."""
-    return ListShape(4, max(1, 256 // block_dim(dim)), 1)
+    return ListShape(4, max(1, (128 if backward else 512) // block_dim(dim)), 1)

@@ -18,8 +18,6 @@ from ..jit import entmax_weights, load_tile, newton_step, popcount, score_tile, 
 
 # A first look at every so many tiles raises the bound before the walk.
 SAMPLE = tl.constexpr(16)
-# Tiles between two looks at how full the entries are.
-SEGMENT = tl.constexpr(64)
 # Turns a difference of scores into 0 or 1 with one saturating multiplication: no two scores differ by less than 2^-60.
 STEEP = tl.constexpr(2.0**60)
 
@@ -68,7 +66,8 @@ def mark_tile(
     bound, slope = raise_bound(bound, slope, tl.where(seen, float("-inf"), top), z_scale, r, FORMULA)
     limit = (bit_limit(bound, margin) * -STEEP)[:, None, None, None, None]
     above = tl.minimum(tl.maximum(apart * STEEP + limit, 0.0), 1.0)
-    words = tl.sum(tl.sum(tl.sum(above * value, 4), 2).to(tl.int32) << half, 1)  # (M, 4)
+    pairs = tl.sum(above * tl.where(tl.arange(0, 2) > 0, 2.0, 1.0)[None, None, None, None, :], 4)  # (M, HALVES, EIGHTS, 4)
+    words = tl.sum(tl.sum(pairs * value, 2).to(tl.int32) << half, 1)  # (M, 4)
     word = tl.arange(0, 4)[None, :]
     record = tl.join(words, tl.where(word == 0, top.to(tl.int32, bitcast=True)[:, None], tile))  # (M, 4, 2)
     to = tl.where(hit & (found < entries), found * (BLOCK_M * 8) + tl.arange(0, BLOCK_M) * 8, -1)[:, None, None]
@@ -129,8 +128,7 @@ def collect_kernel(
     HALVES: tl.constexpr = 2 if BLOCK_N == 128 else 1
     EIGHTS: tl.constexpr = BLOCK_N // (8 * HALVES)
     word = tl.arange(0, 4)[None, None, :]
-    bit = 2 * tl.arange(0, EIGHTS)[None, None, :, None, None] + tl.arange(0, 2)[None, None, None, None, :]
-    value = (1 << bit).to(tl.float32)
+    value = (1 << 2 * tl.arange(0, EIGHTS)).to(tl.float32)[None, None, :, None]
     half = (16 * tl.arange(0, HALVES))[None, :, None]
     RECORDS += slot * entries * (BLOCK_M * 8)
     record = RECORDS + (m * 8)[:, None]
@@ -184,7 +182,9 @@ def collect_kernel(
             if HAS_ALIBI:
                 place = tl.load(key_position + column, mask=column < key_length, other=0)
             raw = score_tile(q, k, query_position, place, slope_alibi, HAS_ALIBI, PRECISION)
-            raw = tl.where((column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None]), raw, float("-inf"))
+            from_here = (start - tile * BLOCK_N)[:, None]
+            to_here = (stop - tile * BLOCK_N)[:, None]
+            raw = tl.where((n[None, :] >= from_here) & (n[None, :] < to_here), raw, float("-inf"))
             bound, slope, found = mark_tile(
                 raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries, False,
                 BLOCK_M, HALVES, EIGHTS, FORMULA,
@@ -200,10 +200,21 @@ def collect_kernel(
             raw = score_tile(q, k, query_position, place, slope_alibi, HAS_ALIBI, PRECISION)
             bound, slope = raise_bound(bound, slope, tl.max(raw, 1), z_scale, r, FORMULA)
 
+        # The walk, in stretches of 32, 64, 128, ... tiles: after each the bound is tightened and the entries are thinned out.
+        stretches = tl.sum((32 * ((1 << tl.arange(0, 16)) - 1) < full_last - full_first).to(tl.int32), 0)
         lost = 0
-        for begin in range(full_first, full_last, SEGMENT):
-            for step in tl.range(0, tl.minimum(SEGMENT, full_last - begin), num_stages=STAGES):
-                tile = full_last - 1 - (begin - full_first) - step
+        for stretch in range(0, tl.maximum(stretches, 1)):
+            done = 32 * ((1 << stretch) - 1)
+            bound_before, slope_before, found_before = bound, slope, found
+            bound = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            slope = tl.full((BLOCK_M,), 1.0, tl.float32)
+            found = tl.zeros((BLOCK_M,), tl.int32)
+            for step in tl.range(0, tl.maximum(tl.minimum(32 << stretch, full_last - full_first - done), 0), num_stages=STAGES):
+                # Taken over here, and not before the loop, these stay in the layout of the scores and not in settle's.
+                bound = tl.where(step == 0, bound_before, bound)
+                slope = tl.where(step == 0, slope_before, slope)
+                found = tl.where(step == 0, found_before, found)
+                tile = full_last - 1 - done - step
                 k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, None, D == BLOCK_D)
                 place = n
                 if HAS_ALIBI:
@@ -214,13 +225,11 @@ def collect_kernel(
                     raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries, seen,
                     BLOCK_M, HALVES, EIGHTS, FORMULA,
                 )  # fmt: skip
-            most = tl.max(found, 0)
-            if (most > entries - SEGMENT) | (begin + SEGMENT >= full_last):
-                lost = tl.maximum(lost, most - entries)
-                found = tl.minimum(found, entries)
-                bound, slope, found = settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M, FORMULA)
-        if full_first == full_last:
-            lost = tl.max(found, 0) - entries
+            walked = full_last - full_first > done
+            bound = tl.where(walked, bound, bound_before)
+            slope = tl.where(walked, slope, slope_before)
+            found = tl.where(walked, found, found_before)
+            lost = tl.maximum(lost, tl.max(found, 0) - entries)
             found = tl.minimum(found, entries)
             bound, slope, found = settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M, FORMULA)
         found = tl.where(seeing, found, 0)

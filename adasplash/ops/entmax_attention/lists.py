@@ -31,6 +31,40 @@ def pair_scores(q, k, scale, slope, query_position, key_position, HAS_ALIBI: tl.
 
 
 @triton.jit
+def score_pairs(
+    q, K, KEYS, KEY_POSITION, first, count, begin, alpha, scale, slope, query_position, k_t, d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """Keys begin..begin+PAIRS-1 of each row's list and their z (R, PAIRS); -inf past the end of a list."""
+    e = begin + tl.arange(0, PAIRS)[None, :]
+    live = e < count[:, None]
+    key = tl.load(KEYS + first[:, None] + e, mask=live, other=0)
+    k = gather(K, key, live, k_t, d, D, BLOCK_D)
+    key_position = key
+    if HAS_ALIBI:
+        key_position = tl.load(KEY_POSITION + key, mask=live, other=0)
+    z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
+    return key, tl.where(live, z * (alpha - 1.0), float("-inf"))
+
+
+@triton.jit
+def weigh_pairs(
+    key, distance, kept, V, KEYS, first, r, v_t, d, D: tl.constexpr, BLOCK_D: tl.constexpr, FORMULA: tl.constexpr
+):
+    """Of keys (R, PAIRS) with z - tau: sum p v, sum u v, sum u; writes those with p > 0 behind the `kept` ones in KEYS."""
+    p, u = entmax_weights(distance, r, FORMULA)
+    live = p > 0.0
+    v = gather(V, key, live, v_t, d, D, BLOCK_D)
+    stay = live.to(tl.int32)
+    to = kept[:, None] + tl.cumsum(stay, 1) - stay
+    tl.debug_barrier()  # every key of this chunk has been read before one is moved
+    tl.store(KEYS + first[:, None] + to, key, mask=live)
+    out = tl.sum(p[:, :, None] * v, 1)
+    mean = tl.sum(u[:, :, None] * v, 1)
+    return out, mean, tl.sum(u, 1), kept + tl.sum(stay, 1)
+
+
+@triton.jit
 def rows_forward_kernel(
     Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, KEYS, FIRST, COUNT, IN_TILES, BOUND, Z, OUT, MEAN, TAU,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t,
@@ -70,30 +104,31 @@ def rows_forward_kernel(
         V += b * v_b + group * v_h
         most = tl.max(count, 0)
 
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
-        for begin in range(0, most, PAIRS):
-            live = (begin + c)[None, :] < count[:, None]
-            place = first[:, None] + (begin + c)[None, :]
-            key = tl.load(KEYS + place, mask=live, other=0)
-            k = gather(K, key, live, k_t, d, D, BLOCK_D)
-            key_position = key
-            if HAS_ALIBI:
-                key_position = tl.load(KEY_POSITION + key, mask=live, other=0)
-            z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
-            z = tl.where(live, z * (alpha - 1.0), float("-inf"))
-            tl.store(Z + place, z, mask=live)
+        # z of all candidates: the first PAIRS of a row, mostly all, stay in registers, the others in Z
+        first_key, first_z = score_pairs(
+            q, K, KEYS, KEY_POSITION, first, count, 0, alpha, scale, slope, query_position, k_t, d,
+            D, BLOCK_D, PAIRS, HAS_ALIBI,
+        )  # fmt: skip
+        top = tl.max(first_z, 1)
+        for begin in range(PAIRS, most, PAIRS):
+            key, z = score_pairs(
+                q, K, KEYS, KEY_POSITION, first, count, begin, alpha, scale, slope, query_position, k_t, d,
+                D, BLOCK_D, PAIRS, HAS_ALIBI,
+            )  # fmt: skip
+            tl.store(Z + first[:, None] + (begin + c)[None, :], z, mask=z > float("-inf"))
             top = tl.maximum(top, tl.max(z, 1))
         tl.debug_barrier()
 
         # the threshold, relative to the largest z, from the bound that the lists were collected with
         top = tl.where(count > 0, top, 0.0)
         tau = tl.load(BOUND + at, mask=inside, other=0.0) * ((alpha - 1.0) * scale) - top
-        tau = tl.minimum(tl.maximum(tau, -1.0), -1e-3)
+        tau = tl.minimum(tl.maximum(tau, -1.0), -1e-6)
         steps = 0
         while steps < NEWTON_STEPS:
-            mass = tl.zeros((ROWS,), tl.float32)
-            slope_sum = tl.zeros((ROWS,), tl.float32)
-            for begin in range(0, most, 32):
+            first_p, first_u = entmax_weights(first_z - top[:, None] - tau[:, None], r, FORMULA)
+            mass = tl.sum(first_p, 1)
+            slope_sum = tl.sum(first_u, 1)
+            for begin in range(PAIRS, most, 32):
                 e = begin + tl.arange(0, 32)
                 z = tl.load(Z + first[:, None] + e[None, :], mask=e[None, :] < count[:, None], other=float("-inf"))
                 p, u = entmax_weights(z - top[:, None] - tau[:, None], r, FORMULA)
@@ -101,29 +136,23 @@ def rows_forward_kernel(
                 slope_sum += tl.sum(u, 1)
             step = newton_step(mass, slope_sum, r, FORMULA)
             tau += step
-            steps = tl.where(largest(tl.abs(step)) > 1e-6, steps + 1, NEWTON_STEPS)
+            steps = tl.where(largest(tl.abs(step)) > 2e-7, steps + 1, NEWTON_STEPS)
         tau += top
 
-        out = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        mean = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        u_sum = tl.zeros((ROWS,), tl.float32)
-        kept = tl.zeros((ROWS,), tl.int32)
-        for begin in range(0, most, PAIRS):
+        out, mean, u_sum, kept = weigh_pairs(
+            first_key, first_z - tau[:, None], tl.zeros((ROWS,), tl.int32), V, KEYS, first, r, v_t, d, D, BLOCK_D, FORMULA
+        )
+        for begin in range(PAIRS, most, PAIRS):
             live = (begin + c)[None, :] < count[:, None]
             place = first[:, None] + (begin + c)[None, :]
-            key = tl.load(KEYS + place, mask=live, other=0)
-            z = tl.load(Z + place, mask=live, other=float("-inf"))
-            p, u = entmax_weights(z - tau[:, None], r, FORMULA)
-            live = p > 0.0
-            v = gather(V, key, live, v_t, d, D, BLOCK_D)
-            out += tl.sum(p[:, :, None] * v, 1)
-            mean += tl.sum(u[:, :, None] * v, 1)
-            u_sum += tl.sum(tl.where(live, u, 0.0), 1)
-            stay = live.to(tl.int32)
-            to = kept[:, None] + tl.cumsum(stay, 1) - stay
-            kept += tl.sum(stay, 1)
-            tl.debug_barrier()  # every key of this chunk has been read before one is moved
-            tl.store(KEYS + first[:, None] + to, key, mask=live)
+            more_key = tl.load(KEYS + place, mask=live, other=0)
+            more_z = tl.load(Z + place, mask=live, other=float("-inf"))
+            more_out, more_mean, more_u, kept = weigh_pairs(
+                more_key, more_z - tau[:, None], kept, V, KEYS, first, r, v_t, d, D, BLOCK_D, FORMULA
+            )
+            out += more_out
+            mean += more_mean
+            u_sum += more_u
         mean = mean / tl.where(u_sum > 0.0, u_sum, 1.0)[:, None]
         to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
         full = inside[:, None] & (d < D)[None, :]

@@ -22,7 +22,7 @@ from .tiles import tiles_backward_columns_kernel, tiles_backward_rows_kernel, ti
 # Slots of a block's slab per query: blocks whose queries need more on average are computed in tile mode.
 KEYS_PER_QUERY = 64
 # Tiles that a row may mark while it is scanned; rows that mark more go to tile mode.
-ENTRIES = 160
+ENTRIES = 128
 # Longer columns of the transposed lists are computed as dense tiles: keys that very many queries attend to.
 LONGEST_COLUMN = 256
 
@@ -119,7 +119,7 @@ def entmax_attention_forward(
         maxnreg=128 if shape.warps == 8 else 255, **common, **_dense(q, shape),
     )  # fmt: skip
     del records
-    lists = list_shape(dim)
+    lists = list_shape(dim, backward=False)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
     rows_forward_kernel[(triton.cdiv(query_length, lists.rows), batch * heads)](
         q, k, v, alpha, *positions, keys, first, count, in_tiles, bound,
@@ -180,7 +180,7 @@ def entmax_attention_backward(
     delta = torch.empty_like(tau)
     d_alpha = torch.empty_like(tau) if alpha_gradient else tau.new_empty(1)
     column_count = q.new_zeros((batch * groups, key_length), dtype=torch.int32)
-    lists = list_shape(dim)
+    lists = list_shape(dim, backward=True)
     list_grid = (triton.cdiv(query_length, lists.rows), batch * heads)
     in_lists = {"ROWS": lists.rows, "PAIRS": lists.pairs, "num_warps": lists.warps, "num_stages": 1}
     rows_backward_kernel[list_grid](
@@ -204,10 +204,10 @@ def entmax_attention_backward(
     lay_out_columns_kernel[(batch * groups,)](
         column_count, cursor, sinks, sink_count, key_length, region, sinks_at_most, LONGEST_COLUMN, AT_ONCE=1024
     )
-    transpose_kernel[list_grid](
+    transpose_kernel[(triton.cdiv(query_length, 8), batch * heads)](
         keys, first, count, in_tiles, cursor, queries,
         heads, ratio, query_length, key_length, blocks, capacity, LONGEST_COLUMN,
-        BLOCK_M=tiles["collect"].block_m, **{**in_lists, "PAIRS": 16},
+        BLOCK_M=tiles["collect"].block_m, ROWS=8, PAIRS=8, num_warps=1, num_stages=1,
     )  # fmt: skip
     columns = batch * groups * key_length
     sort_columns_kernel[(triton.cdiv(columns, 4),)](cursor, queries, columns, LONGEST_COLUMN, COLUMNS=4, num_warps=1)

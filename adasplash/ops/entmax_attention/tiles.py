@@ -12,7 +12,7 @@ import triton.language as tl
 from ..jit import entmax_weights, largest, load_tile, newton_step, score_tile, visible_tiles
 
 NEWTON_STEPS = tl.constexpr(16)  # at most; two or three are usual
-CLOSE = tl.constexpr(1e-2)  # a last step of this size leaves a few 1e-4, and the correction after it squares that
+
 
 
 @triton.jit
@@ -59,6 +59,8 @@ def tiles_forward_kernel(
         seeing = stop > start
         tau = tl.where(seeing, tl.load(BOUND + at, mask=inside, other=0.0) * z_scale, 0.0)
 
+        # A last step of 1e-2 leaves a few 1e-4, and the correction after it squares that.
+        CLOSE: tl.constexpr = 1e-5 if Q.dtype.element_ty == tl.float32 else 1e-2
         steps = 0
         while steps < NEWTON_STEPS:
             mass = tl.zeros((BLOCK_M,), tl.float32)
