@@ -60,6 +60,24 @@ class ListShape(NamedTuple):
     warps: int
 
 
-def list_shape(dim: int, backward: bool) -> ListShape:
-    """For gathers of `dim` wide rows: as many loads in flight as registers allow."""
-    return ListShape(4, max(1, (128 if backward else 512) // block_dim(dim)), 1)
+def list_shapes(dim: int) -> dict[str, ListShape]:
+    """For the list kernels of entmax attention: as many gathers of `dim` wide rows in flight as registers allow."""
+    wide = block_dim(dim)
+    return {
+        "forward": ListShape(4, max(1, 512 // wide), 1),
+        "backward": ListShape(4, max(1, 128 // wide), 1),
+        "transpose": ListShape(8, 8, 1),
+        "sort": ListShape(4, 1, 1),
+    }
+
+def softmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
+    """Tiles of the kernels of softmax attention; block_m of `forward` is a multiple of that of `columns`."""
+    wide = block_dim(dim)
+    if dtype == torch.float32:
+        tiles = Tiles(64, 32, 4, 1) if wide <= 128 else Tiles(32, 16, 8, 1)
+        return dict.fromkeys(("forward", "rows", "columns"), tiles)
+    if wide <= 64:
+        return {"forward": Tiles(128, 128, 8, 3), "rows": Tiles(128, 64, 8, 3), "columns": Tiles(64, 128, 8, 3)}
+    if wide <= 128:
+        return {"forward": Tiles(128, 64, 8, 3), "rows": Tiles(128, 64, 8, 2), "columns": Tiles(64, 128, 8, 2)}
+    return {"forward": Tiles(64, 32, 4, 2), "rows": Tiles(64, 32, 8, 1), "columns": Tiles(32, 64, 8, 1)}
