@@ -1,5 +1,5 @@
 """The entmax row transform."""
 
-from .reference import entmax
+from .dispatch import entmax
 
 __all__ = ["entmax"]

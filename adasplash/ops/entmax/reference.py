@@ -19,7 +19,8 @@ FIRST_CANDIDATES = 64
 def _threshold_sorted(z: Tensor, quadratic: bool) -> Tensor:
     """Exact tau for alpha = 1.5 (quadratic) and alpha = 2 over the last dim of z; z <= 0 with a maximum of 0.
 
-    Only the largest entries can be in the support, so they alone are sorted, more of them where a row needs it.
+    Only the largest entries can be in the support, so they alone are sorted; where a row needs more of them, twice as many
+    for alpha = 2, and for alpha = 1.5 none, since Newton's method is faster then.
     """
     length = z.shape[-1]
     count = min(FIRST_CANDIDATES, length)
@@ -33,9 +34,29 @@ def _threshold_sorted(z: Tensor, quadratic: bool) -> Tensor:
         else:
             tau = mean - 1.0 / size
         support = (tau < top).sum(-1, keepdim=True).clamp(min=1)
+        tau = tau.gather(-1, support - 1)
         if count == length or not (support == count).any():
-            return tau.gather(-1, support - 1)
+            return tau
+        if quadratic:
+            return _threshold_squares(z, tau)
         count = min(2 * count, length)
+
+
+def _threshold_squares(z: Tensor, tau: Tensor) -> Tensor:
+    """tau for alpha = 1.5, from the threshold of a row's largest entries, which is a lower bound.
+
+    Newton's method on the norm of [z - t]_+, nearly a straight line in t: a few steps, where sorting would go on for long.
+    """
+    tiny = torch.finfo(z.dtype).eps
+    for _ in range(100):
+        distance = (z - tau).clamp_(min=0)
+        slope = distance.sum(-1, keepdim=True).clamp(min=tiny)
+        mass = distance.square_().sum(-1, keepdim=True)
+        step = (mass - mass.sqrt()) / slope
+        tau = tau + step
+        if not (step.abs() > 2 * tiny).any():
+            break
+    return tau
 
 
 def _threshold_newton(z: Tensor, alpha: Tensor) -> Tensor:
@@ -94,17 +115,8 @@ class _Entmax(torch.autograd.Function):
         return grad_x, grad_alpha, None
 
 
-def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
-    """alpha-entmax of x along `dim`: like softmax, but with exact zeros.
-
-    Args:
-        x: any shape and floating dtype; computed in float32 (float64 stays). -inf marks masked entries.
-        alpha: 1 <= alpha <= 2, where 1 is softmax, 2 sparsemax. A number, or a tensor that broadcasts to x with size 1
-            at `dim` (a learned alpha per head, say); a tensor's values must exceed 1, and it receives a gradient.
-        dim: the dimension that sums to 1.
-
-    Returns:
-        Same shape and dtype as x. A row that is masked throughout gives zeros.
+def check_entmax_inputs(x: Tensor, alpha: float | Tensor, dim: int) -> tuple[Tensor, float | Tensor]:
+    """x, and a tensor alpha that is not a scalar, with `dim` moved last.
 
     Raises:
         ValueError: for an alpha outside [1, 2] or one that does not broadcast, or an x that is not of a floating type.
@@ -114,27 +126,37 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
         raise ValueError(f"entmax expects a floating point x, got {x.dtype}.")
     if x.ndim == 0:
         raise ValueError("entmax expects at least one dimension, got a scalar.")
+    shape = x.shape
     x = x.movedim(dim, -1)
     if x.shape[-1] == 0:
         raise ValueError(f"entmax expects at least one entry along dim {dim}, got shape {tuple(x.shape)}.")
+    if isinstance(alpha, Tensor) and alpha.ndim:
+        try:
+            moved = alpha.expand(torch.broadcast_shapes(alpha.shape, (1,) * x.ndim)).movedim(dim, -1)
+            fits = moved.shape[-1] == 1 and torch.broadcast_shapes(moved.shape, x.shape) == x.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"Expected an alpha that broadcasts to x with size 1 at dim {dim}, got alpha of shape "
+                f"{tuple(alpha.shape)} for x of shape {tuple(shape)}."
+            )
+        alpha = moved
+    return x, alpha
+
+
+def entmax_last_dim(x: Tensor, alpha: float | Tensor) -> Tensor:
+    """entmax over the last dim, of checked inputs: alpha a number, or a tensor that broadcasts to x[..., :1]."""
     if isinstance(alpha, Tensor):
-        alpha_tensor, alpha_value = alpha, None
-        if alpha.ndim:
-            try:
-                alpha_tensor = alpha.expand(torch.broadcast_shapes(alpha.shape, (1,) * x.ndim)).movedim(dim, -1)
-                fits = alpha_tensor.shape[-1] == 1 and torch.broadcast_shapes(alpha_tensor.shape, x.shape) == x.shape
-            except RuntimeError:
-                fits = False
-            if not fits:
-                raise ValueError(
-                    f"Expected an alpha that broadcasts to x with size 1 at dim {dim}, got alpha of shape "
-                    f"{tuple(alpha.shape)} for x of shape {tuple(x.movedim(-1, dim).shape)}."
-                )
-    elif alpha == 1.0:
+        return _Entmax.apply(x, alpha, None)
+    if alpha == 1.0:
         work = x if x.dtype == torch.float64 else x.float()
         masked_row = (work == -torch.inf).all(-1, keepdim=True)
-        return work.masked_fill(masked_row, 0.0).softmax(-1).masked_fill(masked_row, 0.0).to(x.dtype).movedim(-1, dim)
-    else:
-        alpha_value = float(alpha)
-        alpha_tensor = torch.tensor(alpha_value, device=x.device, dtype=torch.float64)
-    return _Entmax.apply(x, alpha_tensor, alpha_value).movedim(-1, dim)
+        return work.masked_fill(masked_row, 0.0).softmax(-1).masked_fill(masked_row, 0.0).to(x.dtype)
+    return _Entmax.apply(x, torch.tensor(float(alpha), device=x.device, dtype=torch.float64), float(alpha))
+
+
+def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
+    """What the public `entmax` computes, in plain torch on any device and in any floating dtype; arguments as there."""
+    x, alpha = check_entmax_inputs(x, alpha, dim)
+    return entmax_last_dim(x, alpha).movedim(-1, dim)
