@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run as Python there; read when triton is first imported
+
 torch.set_num_threads(1)  # the tests' tensors are tiny, and pytest's workers share the cores
 
 

@@ -86,7 +86,7 @@ class AdaSplash(AttentionBackend):
         return self.alpha if self.scheduled else self.options.alpha
 
     def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):
-        self.choose_implementation(q.device)
+        implementation = self.choose_implementation(q)
         return entmax_attention(
             q,
             k,
@@ -96,4 +96,5 @@ class AdaSplash(AttentionBackend):
             causal=causal,
             scale=scale,
             alibi_slopes=self.slopes,
+            implementation=implementation,
         )

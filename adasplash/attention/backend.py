@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.attend import IMPLEMENTATIONS, choose_implementation, why_no_kernels
 from ..ops.checks import check_choice, nearest, resolve_key_range, resolve_scale
 from ..ops.key_range import KeyRange
 from ..ops.reorder import Reordering, take_rows
 from ..ops.support_statistics import SupportStatistics, support_statistics, visible_tiles
 from .alibi import ALIBI_KINDS, alibi_slopes
 
-IMPLEMENTATIONS = ("auto", "triton", "reference")
 NORMALISERS = ("softmax", "entmax")
 
 _announced: set[str] = set()
@@ -113,21 +113,14 @@ class AttentionBackend(nn.Module):
     def set_step(self, step: int) -> None:
         """Tells the training step, for options that follow a schedule."""
 
-    def choose_implementation(self, device: torch.device) -> str:
+    def choose_implementation(self, q: Tensor) -> str:
         """'triton' or 'reference', announced. Raises ValueError where triton is asked for and cannot run."""
-        reason = self.why_no_kernel(device)
-        if self.options.implementation == "triton" and reason:
-            raise ValueError(
-                f"implementation=triton cannot run attention={self.name}: {reason}. Use implementation=auto."
-            )
-        chosen = "reference" if reason or self.options.implementation == "reference" else "triton"
-        because = f" ({reason})" if reason and self.options.implementation == "auto" else ""
-        announce(f"attention={self.name}: implementation '{chosen}' on {device.type}{because}.")
+        chosen = choose_implementation(self.options.implementation, q.device, q.dtype, self.head_dim)
+        if not torch.compiler.is_compiling():
+            reason = why_no_kernels(q.device, q.dtype, self.head_dim)
+            because = f" ({reason})" if reason and self.options.implementation == "auto" else ""
+            announce(f"attention={self.name}: implementation '{chosen}' on {q.device.type}{because}.")
         return chosen
-
-    def why_no_kernel(self, device: torch.device) -> str | None:
-        """Why no Triton kernel of this backend can run there, or None where one can."""
-        return "there is no Triton kernel for it yet"
 
     @torch.no_grad()
     def statistics(self, q, k, *, key_range=None, causal=True, scale=None) -> SupportStatistics:

@@ -75,7 +75,17 @@ class Flash(AttentionBackend):
             announce("attention=flash: implementation 'reference', softmax written out in torch.")
             return softmax_attention(q, k, v, key_range=key_range, causal=causal, scale=scale, alibi_slopes=self.slopes)
         if self.options.implementation == "triton":
-            raise ValueError(f"implementation=triton cannot run attention=flash: {self.why_no_kernel(q.device)}.")
+            implementation = self.choose_implementation(q)
+            return softmax_attention(
+                q,
+                k,
+                v,
+                key_range=key_range,
+                causal=causal,
+                scale=scale,
+                alibi_slopes=self.slopes,
+                implementation=implementation,
+            )
         check_attention_inputs(q, k, v)
         scale = resolve_scale(q, scale)
         single = q.shape[2] == 1  # the one query at the end sees everything

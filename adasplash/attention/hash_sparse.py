@@ -56,7 +56,7 @@ class HashSparse(AttentionBackend):
         return super().statistics(q, k, **kwargs)
 
     def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):
-        self.choose_implementation(q.device)
+        implementation = self.choose_implementation(q)
         if self.options.resample and self.training:
             fresh = random_directions(*self.directions.shape[:2], self.options.n_buckets, device=q.device)
             self.directions.copy_(fresh)
@@ -72,4 +72,5 @@ class HashSparse(AttentionBackend):
             causal=causal,
             scale=scale,
             alibi_slopes=self.slopes,
+            implementation=implementation,
         )

@@ -57,7 +57,7 @@ class QKSparse(AttentionBackend):
         return compact_kept(query_kept, key_kept, resolve_key_range(q, k, key_range, causal))
 
     def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):
-        self.choose_implementation(q.device)
+        implementation = self.choose_implementation(q)
         query_kept, key_kept = self.kept(q, k)
         return qk_sparse_attention(
             q,
@@ -70,4 +70,5 @@ class QKSparse(AttentionBackend):
             causal=causal,
             scale=scale,
             alibi_slopes=self.slopes,
+            implementation=implementation,
         )

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from ..ops.softmax_attention import softmax_attention
-from .backend import AttentionBackend
+from .backend import AttentionBackend, announce
 
 
 class Softmax(AttentionBackend):
     name = "softmax"
 
     def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):
-        self.choose_implementation(q.device)
-        return softmax_attention(q, k, v, key_range=key_range, causal=causal, scale=scale, alibi_slopes=self.slopes)
+        return softmax_attention(
+            q,
+            k,
+            v,
+            key_range=key_range,
+            causal=causal,
+            scale=scale,
+            alibi_slopes=self.slopes,
+            implementation=self.choose_implementation(q),
+        )
+
+    def choose_implementation(self, q):
+        if self.options.implementation == "auto":
+            announce("attention=softmax: implementation 'reference', softmax written out in torch.")
+            return "reference"
+        return super().choose_implementation(q)

@@ -75,7 +75,9 @@ def resolve_key_range(q: Tensor, k: Tensor, key_range: KeyRange | None, causal: 
 
 
 def resolve_scale(q: Tensor, scale: float | None) -> float:
-    """1 / sqrt(D) unless given."""
+    """1 / sqrt(D) unless given. Raises ValueError unless it is positive."""
+    if scale is not None and not scale > 0.0:
+        raise ValueError(f"Expected a positive scale, got {scale}.")
     return 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
 
 

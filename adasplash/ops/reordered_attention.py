@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .attend import attend
 from .checks import check_alpha, check_attention_inputs, resolve_key_range, resolve_scale
-from .entmax_attention.reference import alpha_per_head
+from .entmax_attention.attention import alpha_per_head
 from .key_range import KeyRange
-from .range_attention import range_attention
 from .reorder import Reordering, compact_kept, hash_buckets, restore_rows, sort_by_bucket, take_rows
 
 
-def _attend_reordered(q, k, v, reordering: Reordering, *, alpha, scale, alibi_slopes) -> Tensor:
+def _attend_reordered(q, k, v, reordering: Reordering, *, alpha, scale, alibi_slopes, implementation) -> Tensor:
     query_length, key_length = q.shape[2], k.shape[2]
-    out = range_attention(
+    out = attend(
         take_rows(q, reordering.query_order),
         take_rows(k, reordering.key_order),
         take_rows(v, reordering.key_order),
@@ -24,6 +24,7 @@ def _attend_reordered(q, k, v, reordering: Reordering, *, alpha, scale, alibi_sl
         alibi_slopes=alibi_slopes,
         query_positions=reordering.query_order + (key_length - query_length),
         key_positions=reordering.key_order,
+        implementation=implementation,
     )
     return restore_rows(out, reordering.query_order)
 
@@ -67,11 +68,12 @@ def hash_sparse_attention(
     causal: bool = True,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
+    implementation: str = "auto",
 ) -> Tensor:
     """Attention between queries and keys that fall into the same bucket of a random hash.
 
     Args:
-        q, k, v, key_range, causal, scale, alibi_slopes: as in `entmax_attention`.
+        q, k, v, key_range, causal, scale, alibi_slopes, implementation: as in `entmax_attention`.
         directions: (G, D, n_buckets / 2) from `random_directions`; the bucket is the argmax of [x R, -x R].
         shared_qk: the keys are the normalised queries, as in the paper; k is not used then.
         attend_self: whether a query may see the key at its own place (the paper's training kernel: no). False needs
@@ -102,6 +104,7 @@ def hash_sparse_attention(
         alpha=alpha_per_head(alpha, q.shape[1]),
         scale=resolve_scale(q, scale),
         alibi_slopes=alibi_slopes,
+        implementation=implementation,
     )
 
 
@@ -137,11 +140,12 @@ def qk_sparse_attention(
     causal: bool = True,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
+    implementation: str = "auto",
 ) -> Tensor:
     """Attention between kept queries and kept keys.
 
     Args:
-        q, k, v, key_range, causal, scale, alibi_slopes: as in `entmax_attention`.
+        q, k, v, key_range, causal, scale, alibi_slopes, implementation: as in `entmax_attention`.
         query_kept: bool (B, H, Tq); key_kept: bool (B, G, Tk); None keeps all. `keep_mask` draws them.
         alpha: 1 is softmax, up to 2 entmax; a number or a tensor () or (H,).
 
@@ -167,4 +171,5 @@ def qk_sparse_attention(
         alpha=alpha_per_head(alpha, q.shape[1]),
         scale=resolve_scale(q, scale),
         alibi_slopes=alibi_slopes,
+        implementation=implementation,
     )

@@ -22,20 +22,21 @@ def block_dim(dim: int) -> int:
 
 
 def entmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
-    """Tiles of the kernels of entmax attention for a head dim and dtype; all but `columns` share block_m.
+    """Tiles of the kernels of entmax attention for a head dim and dtype; all but `columns` and `sinks` share block_m.
 
     Measured on an H200; kernels run with them on other GPUs from Ampere on.
     """
     wide = block_dim(dim)
     if dtype == torch.float32:
         tiles = Tiles(64, 32, 4, 1) if wide <= 128 else Tiles(32, 16, 8, 1)
-        return dict.fromkeys(("collect", "forward", "rows", "columns"), tiles)
+        return dict.fromkeys(("collect", "forward", "rows", "columns", "sinks"), tiles)
     if wide <= 64:
         return {
             "collect": Tiles(128, 128, 8, 3),
             "forward": Tiles(128, 64, 8, 3),
             "rows": Tiles(128, 64, 8, 2),
             "columns": Tiles(64, 128, 8, 2),
+            "sinks": Tiles(64, 64, 4, 2),
         }
     if wide <= 128:
         return {
@@ -43,12 +44,14 @@ def entmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
             "forward": Tiles(128, 64, 8, 2),
             "rows": Tiles(128, 32, 8, 2),
             "columns": Tiles(64, 64, 8, 2),
+            "sinks": Tiles(64, 64, 8, 2),
         }
     return {
         "collect": Tiles(64, 64, 4, 2),
         "forward": Tiles(64, 32, 8, 2),
         "rows": Tiles(64, 32, 8, 1),
         "columns": Tiles(32, 64, 8, 1),
+        "sinks": Tiles(32, 64, 8, 1),
     }
 
 
@@ -69,6 +72,7 @@ def list_shapes(dim: int) -> dict[str, ListShape]:
         "transpose": ListShape(8, 8, 1),
         "sort": ListShape(4, 1, 1),
     }
+
 
 def softmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
     """Tiles of the kernels of softmax attention; block_m of `forward` is a multiple of that of `columns`."""

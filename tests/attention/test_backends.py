@@ -77,7 +77,7 @@ def test_option_errors(name, options, message):
 def test_triton_says_why_not():
     q, k, v = inputs()
     for name in BACKENDS:
-        with pytest.raises(ValueError, match=f"implementation=triton cannot run attention={name}: .*"):
+        with pytest.raises(ValueError, match="implementation=triton cannot run here: the kernels need a GPU"):
             build(name, implementation="triton")(q, k, v)
 
 
@@ -87,7 +87,7 @@ def test_the_implementation_is_said_once(caplog, monkeypatch):
     for _ in range(3):
         build("adasplash")(q, k, v)
     assert [record.message for record in caplog.records if "adasplash" in record.message] == [
-        f"attention=adasplash: implementation 'reference' on cpu ({build('adasplash').why_no_kernel(q.device)})."
+        "attention=adasplash: implementation 'reference' on cpu (the kernels need a GPU)."
     ]
 
 

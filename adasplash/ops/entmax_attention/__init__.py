@@ -1,5 +1,5 @@
 """Entmax attention."""
 
-from .reference import entmax_attention
+from .attention import entmax_attention
 
 __all__ = ["entmax_attention"]

@@ -16,10 +16,26 @@ import triton.language as tl
 
 from ..jit import entmax_weights, load_tile, newton_step, popcount, score_tile, visible_tiles
 
-# A first look at every so many tiles raises the bound before the walk.
-SAMPLE = tl.constexpr(16)
 # Turns a difference of scores into 0 or 1 with one saturating multiplication: no two scores differ by less than 2^-60.
 STEEP = tl.constexpr(2.0**60)
+
+
+@triton.jit
+def key_norm_kernel(
+    K, KEY_NORM, k_b, k_h, k_t, groups, key_length,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """KEY_NORM[b, g] = max |k|, zero before; positive floats are ordered as the integers of their bits are."""
+    bg = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    at = K + (bg // groups).to(tl.int64) * k_b + (bg % groups).to(tl.int64) * k_h
+    k = load_tile(
+        at + row[:, None].to(tl.int64) * k_t + d[None, :], d[None, :] < D, row[:, None] < key_length, D == BLOCK_D
+    )
+    k = k.to(tl.float32)
+    norm = tl.sqrt(tl.max(tl.sum(k * k, 1), 0))
+    tl.atomic_max(KEY_NORM + bg, norm.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -53,20 +69,22 @@ def entry_top(record, live):
 
 @triton.jit
 def mark_tile(
-    raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries, seen,
+    raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries,
     BLOCK_M: tl.constexpr, HALVES: tl.constexpr, EIGHTS: tl.constexpr, FORMULA: tl.constexpr,
 ):  # fmt: skip
     """Enters a tile's scores (M, N) for the rows whose bound they exceed; returns bound, slope and found.
 
-    `seen`: the tile has raised the bound already. An entry of a row is 8 int32: at the even places 4 words of bits, then the tile's maximum (place 1), the tile (3).
+    An entry of a row is 8 int32: at the even places 4 words of bits, then the tile's maximum (place 1), the tile (3).
     """
     apart = tl.reshape(raw, (BLOCK_M, HALVES, EIGHTS, 4, 2))
     top = tl.max(tl.max(tl.max(tl.max(apart, 4), 2), 1), 1)
     hit = (top > bound - margin) & (top > float("-inf"))
-    bound, slope = raise_bound(bound, slope, tl.where(seen, float("-inf"), top), z_scale, r, FORMULA)
+    bound, slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
     limit = (bit_limit(bound, margin) * -STEEP)[:, None, None, None, None]
     above = tl.minimum(tl.maximum(apart * STEEP + limit, 0.0), 1.0)
-    pairs = tl.sum(above * tl.where(tl.arange(0, 2) > 0, 2.0, 1.0)[None, None, None, None, :], 4)  # (M, HALVES, EIGHTS, 4)
+    pairs = tl.sum(
+        above * tl.where(tl.arange(0, 2) > 0, 2.0, 1.0)[None, None, None, None, :], 4
+    )  # (M, HALVES, EIGHTS, 4)
     words = tl.sum(tl.sum(pairs * value, 2).to(tl.int32) << half, 1)  # (M, 4)
     word = tl.arange(0, 4)[None, :]
     record = tl.join(words, tl.where(word == 0, top.to(tl.int32, bitcast=True)[:, None], tile))  # (M, 4, 2)
@@ -159,7 +177,7 @@ def collect_kernel(
         key_position = KEY_POSITION
         # A score summed in another order differs by at most D |q| |k| 2^-23; each rise of the bound rounds once.
         wide = q.to(tl.float32)
-        margin = tl.sqrt(tl.sum(wide * wide, 1)) * tl.load(KEY_NORM + b * groups + group)
+        margin = tl.sqrt(tl.sum(wide * wide, 1)) * tl.load(KEY_NORM + b * groups + group).to(tl.float32, bitcast=True)
         if HAS_ALIBI:
             slope_alibi = tl.load(SLOPES + bh) / scale
             query_position = tl.load(QUERY_POSITION + bh.to(tl.int64) * query_length + row, mask=inside, other=0)
@@ -186,19 +204,9 @@ def collect_kernel(
             to_here = (stop - tile * BLOCK_N)[:, None]
             raw = tl.where((n[None, :] >= from_here) & (n[None, :] < to_here), raw, float("-inf"))
             bound, slope, found = mark_tile(
-                raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries, False,
+                raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries,
                 BLOCK_M, HALVES, EIGHTS, FORMULA,
             )  # fmt: skip
-
-        # Every SAMPLE-th tile for the bound alone, so that the walk starts with a fair one.
-        for step in tl.range(0, (full_last - full_first) // SAMPLE, num_stages=STAGES):
-            tile = full_first + step * SAMPLE + SAMPLE - 1
-            k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, None, D == BLOCK_D)
-            place = n
-            if HAS_ALIBI:
-                place = tl.load(key_position + tile * BLOCK_N + n)
-            raw = score_tile(q, k, query_position, place, slope_alibi, HAS_ALIBI, PRECISION)
-            bound, slope = raise_bound(bound, slope, tl.max(raw, 1), z_scale, r, FORMULA)
 
         # The walk, in stretches of 32, 64, 128, ... tiles: after each the bound is tightened and the entries are thinned out.
         stretches = tl.sum((32 * ((1 << tl.arange(0, 16)) - 1) < full_last - full_first).to(tl.int32), 0)
@@ -209,7 +217,9 @@ def collect_kernel(
             bound = tl.full((BLOCK_M,), float("-inf"), tl.float32)
             slope = tl.full((BLOCK_M,), 1.0, tl.float32)
             found = tl.zeros((BLOCK_M,), tl.int32)
-            for step in tl.range(0, tl.maximum(tl.minimum(32 << stretch, full_last - full_first - done), 0), num_stages=STAGES):
+            for step in tl.range(
+                0, tl.maximum(tl.minimum(32 << stretch, full_last - full_first - done), 0), num_stages=STAGES
+            ):
                 # Taken over here, and not before the loop, these stay in the layout of the scores and not in settle's.
                 bound = tl.where(step == 0, bound_before, bound)
                 slope = tl.where(step == 0, slope_before, slope)
@@ -220,9 +230,8 @@ def collect_kernel(
                 if HAS_ALIBI:
                     place = tl.load(key_position + tile * BLOCK_N + n)
                 raw = score_tile(q, k, query_position, place, slope_alibi, HAS_ALIBI, PRECISION)
-                seen = (tile - full_first) % SAMPLE == SAMPLE - 1
                 bound, slope, found = mark_tile(
-                    raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries, seen,
+                    raw, tile, bound, slope, found, margin, z_scale, r, value, half, RECORDS, entries,
                     BLOCK_M, HALVES, EIGHTS, FORMULA,
                 )  # fmt: skip
             walked = full_last - full_first > done
@@ -266,7 +275,7 @@ def collect_kernel(
                 to = before[:, :, None] + tl.cumsum(here, 2) - here
                 place += tl.sum(in_entry, 1)
                 base = tile[:, :, None] * BLOCK_N + 2 * word
-                for bit_index in range(0, tl.max(tl.max(tl.max(here, 2), 1), 0)):
+                for _bit in range(0, tl.max(tl.max(tl.max(here, 2), 1), 0)):
                     b_ = popcount((words & -words) - 1)
                     column = base + 64 * (b_ // 16) + 8 * (b_ % 16 // 2) + b_ % 2
                     tl.store(KEYS + (slab + to), column, mask=words != 0)

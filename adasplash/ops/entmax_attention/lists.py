@@ -140,7 +140,18 @@ def rows_forward_kernel(
         tau += top
 
         out, mean, u_sum, kept = weigh_pairs(
-            first_key, first_z - tau[:, None], tl.zeros((ROWS,), tl.int32), V, KEYS, first, r, v_t, d, D, BLOCK_D, FORMULA
+            first_key,
+            first_z - tau[:, None],
+            tl.zeros((ROWS,), tl.int32),
+            V,
+            KEYS,
+            first,
+            r,
+            v_t,
+            d,
+            D,
+            BLOCK_D,
+            FORMULA,
         )
         for begin in range(PAIRS, most, PAIRS):
             live = (begin + c)[None, :] < count[:, None]
@@ -340,11 +351,11 @@ def columns_backward_kernel(
     Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, CURSOR, QUERIES, TAU, DELTA, D_OUT, DK, DV,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     groups, ratio, query_length, key_length,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of COLUMNS keys from the transposed lists, in ascending order of (head, query): deterministic."""
-    key = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    """dk and dv of ROWS keys from the transposed lists, in ascending order of (head, query): deterministic."""
+    key = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     bg = tl.program_id(1)
     b = (bg // groups).to(tl.int64)
     group = bg % groups
@@ -362,8 +373,8 @@ def columns_backward_kernel(
     key_position = key
     if HAS_ALIBI:
         key_position = tl.load(KEY_POSITION + at, mask=inside, other=0)
-    dk = tl.zeros((COLUMNS, BLOCK_D), tl.float32)
-    dv = tl.zeros((COLUMNS, BLOCK_D), tl.float32)
+    dk = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    dv = tl.zeros((ROWS, BLOCK_D), tl.float32)
     first_head = bg * ratio  # of all B * H
     for begin in range(0, most, PAIRS):
         live = (begin + c)[None, :] < length[:, None]

@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 
 from ..jit import GENERAL, INTERPRETED, LINEAR, QUADRATIC
-from ..tile_table import block_dim, entmax_tiles, list_shape
-from .collect import collect_kernel
+from ..tile_table import ListShape, block_dim, entmax_tiles, list_shapes
+from .collect import collect_kernel, key_norm_kernel
 from .lists import (
     columns_backward_kernel,
     lay_out_columns_kernel,
@@ -17,7 +17,7 @@ from .lists import (
     sort_columns_kernel,
     transpose_kernel,
 )
-from .tiles import tiles_backward_columns_kernel, tiles_backward_rows_kernel, tiles_forward_kernel
+from .tiles import list_blocks_kernel, tiles_backward_columns_kernel, tiles_backward_rows_kernel, tiles_forward_kernel
 
 # Slots of a block's slab per query: blocks whose queries need more on average are computed in tile mode.
 KEYS_PER_QUERY = 64
@@ -42,7 +42,16 @@ def _slots(device: torch.device, warps: int) -> int:
 def _shapes(q: Tensor, k: Tensor):
     batch, heads, query_length, dim = q.shape
     tiles = entmax_tiles(dim, q.dtype)
-    return batch, heads, k.shape[1], query_length, k.shape[2], dim, tiles, triton.cdiv(query_length, tiles["collect"].block_m)
+    return (
+        batch,
+        heads,
+        k.shape[1],
+        query_length,
+        k.shape[2],
+        dim,
+        tiles,
+        triton.cdiv(query_length, tiles["collect"].block_m),
+    )
 
 
 def _empty_outputs(q: Tensor, k: Tensor, keys_per_query: int):
@@ -74,9 +83,17 @@ def _dense(q: Tensor, tiles) -> dict:
     }
 
 
-def _tile_mode(in_tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks in tile mode, first in their row of (B * H, blocks), and how many they are, (B * H,)."""
-    return (1 - in_tiles).argsort(dim=-1, stable=True), in_tiles.sum(-1, dtype=torch.int32)
+def _on_lists(shape: ListShape) -> dict:
+    # Without software pipelining: its prefetching costs registers, and the lists are short.
+    return {"ROWS": shape.rows, "PAIRS": shape.pairs, "num_warps": shape.warps, "num_stages": 1}
+
+
+def _blocks_in_tile_mode(in_tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """The blocks in tile mode, first in their row of (B * H, blocks), and how many they are, (B * H,)."""
+    block_list = torch.empty_like(in_tiles)
+    block_count = in_tiles.new_empty(in_tiles.shape[0])
+    list_blocks_kernel[(in_tiles.shape[0],)](in_tiles, block_list, block_count, in_tiles.shape[1], AT_ONCE=256)
+    return block_list, block_count
 
 
 @torch.library.custom_op("adasplash::entmax_attention", mutates_args=(), device_types=None if INTERPRETED else "cuda")
@@ -108,7 +125,10 @@ def entmax_attention_forward(
     slots = min(_slots(q.device, shape.warps), batch * heads * blocks)
     records = q.new_empty((slots, ENTRIES, shape.block_m, 8), dtype=torch.int32)
     bound = torch.empty_like(tau)
-    key_norm = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(-1).contiguous()
+    key_norm = q.new_zeros((batch, groups), dtype=torch.int32)
+    key_norm_kernel[(triton.cdiv(key_length, 64), batch * groups)](
+        k, key_norm, *k.stride()[:3], groups, key_length, D=dim, BLOCK_D=block_dim(dim), ROWS=64
+    )
     positions = (slopes, query_position, key_position)
     ranges = (start.stride(0), start.stride(1))
     collect_kernel[(slots,)](
@@ -119,16 +139,16 @@ def entmax_attention_forward(
         maxnreg=128 if shape.warps == 8 else 255, **common, **_dense(q, shape),
     )  # fmt: skip
     del records
-    lists = list_shape(dim, backward=False)
+    lists = list_shapes(dim)["forward"]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
     rows_forward_kernel[(triton.cdiv(query_length, lists.rows), batch * heads)](
         q, k, v, alpha, *positions, keys, first, count, in_tiles, bound,
         torch.empty_like(keys, dtype=torch.float32),
         out, mean, tau,
         scale, *strides, heads, ratio, query_length, key_length, blocks, capacity,
-        BLOCK_M=shape.block_m, ROWS=lists.rows, PAIRS=lists.pairs, num_warps=lists.warps, num_stages=1, **common,
+        BLOCK_M=shape.block_m, **_on_lists(lists), **common,
     )  # fmt: skip
-    block_list, block_count = _tile_mode(in_tiles)
+    block_list, block_count = _blocks_in_tile_mode(in_tiles)
     tiles_forward_kernel[(blocks, batch * heads)](
         q, k, v, start, stop, alpha, *positions, block_list, block_count, bound, out, mean, tau,
         scale, *strides, *ranges, heads, ratio, query_length, key_length, blocks,
@@ -180,15 +200,13 @@ def entmax_attention_backward(
     delta = torch.empty_like(tau)
     d_alpha = torch.empty_like(tau) if alpha_gradient else tau.new_empty(1)
     column_count = q.new_zeros((batch * groups, key_length), dtype=torch.int32)
-    lists = list_shape(dim, backward=True)
-    list_grid = (triton.cdiv(query_length, lists.rows), batch * heads)
-    in_lists = {"ROWS": lists.rows, "PAIRS": lists.pairs, "num_warps": lists.warps, "num_stages": 1}
-    rows_backward_kernel[list_grid](
+    lists = list_shapes(dim)
+    rows_backward_kernel[(triton.cdiv(query_length, lists["backward"].rows), batch * heads)](
         q, k, v, alpha, *positions, keys, first, count, in_tiles, tau, mean, d_out, delta, column_count, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], heads, ratio, query_length, key_length, blocks, capacity,
-        BLOCK_M=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **in_lists, **common,
+        BLOCK_M=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **_on_lists(lists["backward"]), **common,
     )  # fmt: skip
-    block_list, block_count = _tile_mode(in_tiles)
+    block_list, block_count = _blocks_in_tile_mode(in_tiles)
     tiles_backward_rows_kernel[(blocks, batch * heads)](
         q, k, v, start, stop, alpha, *positions, block_list, block_count, tau, mean, d_out, delta, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], *ranges, heads, ratio, query_length, key_length, blocks,
@@ -204,21 +222,22 @@ def entmax_attention_backward(
     lay_out_columns_kernel[(batch * groups,)](
         column_count, cursor, sinks, sink_count, key_length, region, sinks_at_most, LONGEST_COLUMN, AT_ONCE=1024
     )
-    transpose_kernel[(triton.cdiv(query_length, 8), batch * heads)](
+    transpose_kernel[(triton.cdiv(query_length, lists["transpose"].rows), batch * heads)](
         keys, first, count, in_tiles, cursor, queries,
         heads, ratio, query_length, key_length, blocks, capacity, LONGEST_COLUMN,
-        BLOCK_M=tiles["collect"].block_m, ROWS=8, PAIRS=8, num_warps=1, num_stages=1,
+        BLOCK_M=tiles["collect"].block_m, **_on_lists(lists["transpose"]),
     )  # fmt: skip
     columns = batch * groups * key_length
-    sort_columns_kernel[(triton.cdiv(columns, 4),)](cursor, queries, columns, LONGEST_COLUMN, COLUMNS=4, num_warps=1)
-    columns = {"COLUMNS": lists.rows, "PAIRS": lists.pairs, "num_warps": lists.warps, "num_stages": 1}
+    sort_columns_kernel[(triton.cdiv(columns, lists["sort"].rows),)](
+        cursor, queries, columns, LONGEST_COLUMN, COLUMNS=lists["sort"].rows, num_warps=lists["sort"].warps
+    )
     outputs = (*dk.stride()[:3], *dv.stride()[:3])
-    columns_backward_kernel[(triton.cdiv(key_length, lists.rows), batch * groups)](
+    columns_backward_kernel[(triton.cdiv(key_length, lists["backward"].rows), batch * groups)](
         q, k, v, alpha, *positions, cursor, queries, tau, delta, d_out, dk, dv,
-        scale, *inputs, *outputs, groups, ratio, query_length, key_length, **columns, **common,
+        scale, *inputs, *outputs, groups, ratio, query_length, key_length, **_on_lists(lists["backward"]), **common,
     )  # fmt: skip
-    shape = tiles["columns"]
     for of_sinks, columns in ((True, sinks_at_most), (False, key_length)):
+        shape = tiles["sinks" if of_sinks else "columns"]
         tiles_backward_columns_kernel[(triton.cdiv(columns, shape.block_n), batch * groups)](
             q, k, v, start, stop, alpha, *positions, block_list, block_count, block_range, in_tiles, sinks, sink_count,
             tau, delta, d_out, dk, dv,
@@ -230,15 +249,20 @@ def entmax_attention_backward(
 
 @entmax_attention_backward.register_fake
 def _(d_out, q, k, v, start, stop, alpha, *rest):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), alpha.new_empty(alpha.shape if rest[-1] else 0, dtype=torch.float32)
+    return (
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        alpha.new_empty(alpha.shape if rest[-1] else 0, dtype=torch.float32),
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, start, stop, alpha, slopes, query_position, key_position, ctx.scale, ctx.formula, ctx.keys_per_query = inputs
-    _, *saved = output
-    ctx.save_for_backward(
-        q, k, v, start, stop, alpha, slopes, query_position, key_position, *saved
+    q, k, v, start, stop, alpha, slopes, query_position, key_position, ctx.scale, ctx.formula, ctx.keys_per_query = (
+        inputs
     )
+    _, *saved = output
+    ctx.save_for_backward(q, k, v, start, stop, alpha, slopes, query_position, key_position, *saved)
     ctx.set_materialize_grads(False)
 
 

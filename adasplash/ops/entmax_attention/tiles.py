@@ -14,6 +14,18 @@ from ..jit import entmax_weights, largest, load_tile, newton_step, score_tile, v
 NEWTON_STEPS = tl.constexpr(16)  # at most; two or three are usual
 
 
+@triton.jit
+def list_blocks_kernel(IN_TILES, BLOCKS, BLOCK_COUNT, blocks, AT_ONCE: tl.constexpr):
+    """The blocks of one (batch, head) that are in tile mode, in ascending order, and how many they are."""
+    bh = tl.program_id(0)
+    listed = 0
+    for begin in range(0, blocks, AT_ONCE):
+        block = begin + tl.arange(0, AT_ONCE)
+        flag = tl.load(IN_TILES + bh * blocks + block, mask=block < blocks, other=0)
+        tl.store(BLOCKS + bh * blocks + listed + tl.cumsum(flag, 0) - flag, block, mask=flag > 0)
+        listed += tl.sum(flag, 0)
+    tl.store(BLOCK_COUNT + bh, listed)
+
 
 @triton.jit
 def tiles_forward_kernel(
@@ -30,7 +42,7 @@ def tiles_forward_kernel(
     """
     bh = tl.program_id(1)
     if tl.program_id(0) < tl.load(BLOCK_COUNT + bh):
-        block = tl.load(BLOCKS + bh * blocks + tl.program_id(0)).to(tl.int32)
+        block = tl.load(BLOCKS + bh * blocks + tl.program_id(0))
         b = (bh // heads).to(tl.int64)
         h = bh % heads
         group = (h // ratio).to(tl.int64)
@@ -138,7 +150,7 @@ def tiles_backward_rows_kernel(
     """dq, delta and the rows' shares of the gradient for alpha."""
     bh = tl.program_id(1)
     if tl.program_id(0) < tl.load(BLOCK_COUNT + bh):
-        block = tl.load(BLOCKS + bh * blocks + tl.program_id(0)).to(tl.int32)
+        block = tl.load(BLOCKS + bh * blocks + tl.program_id(0))
         b = (bh // heads).to(tl.int64)
         h = bh % heads
         group = (h // ratio).to(tl.int64)
@@ -264,7 +276,7 @@ def tiles_backward_columns_kernel(
                 live = index < todo
                 block = index
                 if not OF_SINKS:
-                    block = tl.load(BLOCKS + bh * blocks + index, mask=live, other=0).to(tl.int32)
+                    block = tl.load(BLOCKS + bh * blocks + index, mask=live, other=0)
                 block_at = 2 * (bh * blocks + block)
                 live = live & (tl.load(BLOCK_RANGE + block_at, mask=live, other=0) <= last_key)
                 live = live & (tl.load(BLOCK_RANGE + block_at + 1, mask=live, other=0) > first_key)
@@ -274,7 +286,7 @@ def tiles_backward_columns_kernel(
             for step in tl.range(0, (hi - lo) * PARTS, num_stages=STAGES):
                 block = lo + step // PARTS
                 if not OF_SINKS:
-                    block = tl.load(BLOCKS + bh * blocks + block).to(tl.int32)
+                    block = tl.load(BLOCKS + bh * blocks + block)
                 row = block * QUERY_BLOCK + step % PARTS * BLOCK_M + m
                 inside = row < query_length
                 range_at = b * range_b + h * range_h + row

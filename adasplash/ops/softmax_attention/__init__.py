@@ -1,5 +1,5 @@
 """Softmax attention over key ranges."""
 
-from .reference import softmax_attention
+from .attention import softmax_attention
 
 __all__ = ["softmax_attention"]

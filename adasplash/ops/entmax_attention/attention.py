@@ -1,12 +1,12 @@
-"""Entmax attention in plain torch: what the kernels mean."""
+"""Entmax attention: the public function."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ..attend import attend
 from ..checks import check_alpha, check_attention_inputs, resolve_key_range, resolve_scale
 from ..key_range import KeyRange
-from ..range_attention import range_attention
 
 
 def alpha_per_head(alpha: float | Tensor, heads: int) -> float | Tensor:
@@ -28,6 +28,7 @@ def entmax_attention(
     causal: bool = True,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
+    implementation: str = "auto",
 ) -> Tensor:
     """out = entmax(scale * q k^T + ALiBi, alpha) v over each query's keys (AdaSplash, arXiv 2502.12082, section 2).
 
@@ -38,6 +39,7 @@ def entmax_attention(
         causal: query i sees keys up to its own place, the last query standing beside the last key.
         scale: of the scores; by default 1 / sqrt(D).
         alibi_slopes: (H,) or (B, H); subtracts slope * distance from the scores (Press et al. 2022).
+        implementation: auto | triton | reference; auto takes the kernels wherever they run (see `why_no_kernels`).
 
     Returns:
         (B, H, Tq, D), q's dtype; 0 for a query that sees no key.
@@ -47,7 +49,7 @@ def entmax_attention(
     """
     check_attention_inputs(q, k, v, alibi_slopes)
     check_alpha(alpha)
-    return range_attention(
+    return attend(
         q,
         k,
         v,
@@ -55,4 +57,5 @@ def entmax_attention(
         alpha=alpha_per_head(alpha, q.shape[1]),
         scale=resolve_scale(q, scale),
         alibi_slopes=alibi_slopes,
+        implementation=implementation,
     )

@@ -1,12 +1,12 @@
-"""Softmax attention in plain torch: what the kernels mean."""
+"""Softmax attention: the public function."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ..attend import attend
 from ..checks import check_attention_inputs, resolve_key_range, resolve_scale
 from ..key_range import KeyRange
-from ..range_attention import range_attention
 
 
 def softmax_attention(
@@ -18,13 +18,14 @@ def softmax_attention(
     causal: bool = True,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
+    implementation: str = "auto",
 ) -> Tensor:
     """out = softmax(scale * q k^T + ALiBi) v over each query's keys.
 
     Arguments, result and errors as in `entmax_attention`; a query that sees no key outputs 0 (and not NaN).
     """
     check_attention_inputs(q, k, v, alibi_slopes)
-    return range_attention(
+    return attend(
         q,
         k,
         v,
@@ -32,4 +33,5 @@ def softmax_attention(
         alpha=1.0,
         scale=resolve_scale(q, scale),
         alibi_slopes=alibi_slopes,
+        implementation=implementation,
     )

@@ -1,0 +1,299 @@
+"""The kernels of entmax attention: under Triton's interpreter on small shapes, on a GPU also at full size."""
+
+import pytest
+import torch
+from dense_attention import dense_attention, dense_probabilities
+from torch import Tensor
+
+from adasplash import KeyRange, entmax
+from adasplash.ops.checks import resolve_key_range
+from adasplash.ops.range_attention import range_attention, text_positions
+from adasplash.ops.tile_table import ListShape, list_shapes
+
+operator = pytest.importorskip("adasplash.ops.entmax_attention.operator", reason="needs triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not operator.INTERPRETED, reason="needs a GPU or Triton's interpreter"
+)
+
+# Where the pairs go: all on lists, all in tile mode, some blocks here and some there, columns as sinks.
+ROADS = {"lists": (64, 64), "tiles": (1, 64), "both": (6, 64), "sinks": (64, 3)}
+
+
+@pytest.fixture(autouse=True)
+def many_rows_at_once(monkeypatch):
+    """The interpreter's time goes by the number of programs."""
+    if DEVICE == "cpu":
+        shape = ListShape(32, 8, 1)
+        monkeypatch.setattr(operator, "list_shapes", lambda dim: dict.fromkeys(list_shapes(dim), shape))
+
+
+@pytest.fixture(params=ROADS)
+def road(request, monkeypatch):
+    take(request.param, monkeypatch)
+
+
+def take(road: str, monkeypatch):
+    keys_per_query, longest_column = ROADS[road]
+    monkeypatch.setattr(operator, "KEYS_PER_QUERY", keys_per_query)
+    monkeypatch.setattr(operator, "LONGEST_COLUMN", longest_column)
+
+
+def inputs(batch, heads, groups, query_length, key_length, dim, dtype=torch.float32, sharpness=2.0) -> list[Tensor]:
+    """q, k, v and a gradient for the output, strided as transformers hands them over."""
+    q = sharpness * torch.randn(batch, query_length, heads, dim, device=DEVICE)
+    k, v = torch.randn(2, batch, key_length, groups, dim, device=DEVICE).unbind()
+    d_out = torch.randn(batch, heads, query_length, dim, device=DEVICE)
+    return [x.to(dtype) for x in (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), d_out)]
+
+
+def gradients(function, q, k, v, d_out, alpha, dtype=None) -> list[Tensor]:
+    """[out, dq, dk, dv] and, for a tensor alpha, its gradient; computed in another dtype where one is given."""
+    leaves = [x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in (q, k, v)]
+    learned = isinstance(alpha, Tensor)
+    if learned:
+        alpha = alpha.detach().to(dtype or alpha.dtype).clone().requires_grad_()
+    out = function(*leaves, alpha)
+    out.backward(d_out.to(out.dtype))
+    return [out.detach(), *(x.grad for x in leaves), *([alpha.grad] if learned else [])]
+
+
+def relative(result: Tensor, truth: Tensor) -> float:
+    return ((result.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
+
+
+def compare(q, k, v, d_out, *, alpha=1.5, key_range=None, causal=True, slopes=None):
+    """Kernels and eager attention of the same dtype against float64: at most twice eager's error; twice the same bits."""
+    visible = resolve_key_range(q, k, key_range, causal)
+    scale = q.shape[-1] ** -0.5
+    how = {"scale": scale, "alibi_slopes": slopes}
+
+    def per_head(a):
+        return a.view(1, -1, 1, 1) if isinstance(a, Tensor) else a
+
+    def kernels(q, k, v, a):
+        query_positions, key_positions = text_positions(q, k)
+        places = {"query_positions": query_positions, "key_positions": key_positions}
+        return operator.entmax_attention_kernels(q, k, v, visible, alpha=a, **how, **places)
+
+    def reference(q, k, v, a):
+        return range_attention(q, k, v, visible, alpha=per_head(a), **how)
+
+    def eager(q, k, v, a):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = (q @ k.mT).float() * scale
+        if slopes is not None:
+            i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
+            scores = scores - slopes.view(-1, 1, 1) * (i - torch.arange(k.shape[2], device=q.device)).abs()
+        scores = scores.masked_fill(~visible.dense_mask(k.shape[2]), -torch.inf)
+        return entmax(scores, per_head(a)).to(v.dtype) @ v
+
+    results = gradients(kernels, q, k, v, d_out, alpha)
+    truths = gradients(reference, q, k, v, d_out, alpha, torch.float64)
+    yardsticks = gradients(eager, q, k, v, d_out, alpha)
+    names = ("out", "dq", "dk", "dv", "dalpha")
+    for name, result, truth, yardstick in zip(names, results, truths, yardsticks, strict=False):
+        assert result.isfinite().all(), name
+        floor = 2e-5 if name == "dalpha" else 2e-6
+        assert relative(result, truth) <= 2 * relative(yardstick, truth) + floor, name
+    for name, result, again in zip(names, results, gradients(kernels, q, k, v, d_out, alpha), strict=False):
+        assert torch.equal(result, again), f"{name} differs between two runs"
+    return results
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.25, "learned"])
+def test_every_road_and_alpha(road, alpha):
+    if alpha == "learned":
+        alpha = torch.tensor([1.3, 1.6], device=DEVICE)
+    compare(*inputs(1, 2, 1, 70, 70, 16), alpha=alpha)
+
+
+@pytest.mark.parametrize("road", ["lists", "tiles"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1, 16), (2, 3, 1, 7, 66, 20), (1, 2, 2, 66, 3, 16), (1, 2, 2, 1, 33, 16)]
+)
+def test_odd_shapes_and_grouped_heads(shape, road, monkeypatch):
+    take(road, monkeypatch)
+    compare(*inputs(*shape))
+
+
+def key_ranges(length):
+    keep = torch.ones(1, length, dtype=torch.bool, device=DEVICE)
+    keep[:, : length // 3] = False
+    position = torch.arange(length, device=DEVICE)[None]
+    return {
+        "window": KeyRange.window(length, 9, device=DEVICE),
+        "left padding": KeyRange.padding(keep),
+        "right padding": KeyRange.padding(keep.flip(-1)),
+        "documents": KeyRange.documents(position % 23),
+        "everything": KeyRange.documents(position % 41)
+        & KeyRange.padding(keep)
+        & KeyRange.window(length, 17, device=DEVICE),
+    }
+
+
+@pytest.mark.parametrize("road", ["lists", "both"])
+@pytest.mark.parametrize("kind", ["window", "left padding", "right padding", "documents", "everything"])
+def test_key_ranges(kind, road, monkeypatch):
+    take(road, monkeypatch)
+    out, *_ = compare(*inputs(1, 1, 1, 70, 70, 16), key_range=key_ranges(70)[kind])
+    if kind == "left padding":
+        assert (out[:, :, : 70 // 3] == 0).all()
+
+
+@pytest.mark.parametrize("road", ["lists", "tiles"])
+def test_bidirectional_and_alibi(road, monkeypatch):
+    take(road, monkeypatch)
+    compare(*inputs(1, 1, 1, 40, 70, 16), causal=False)
+    compare(*inputs(1, 2, 2, 70, 70, 16), slopes=torch.tensor([0.5, 0.0625], device=DEVICE))
+
+
+@pytest.mark.parametrize("road", ["lists", "tiles"])
+@pytest.mark.parametrize("sharpness", [0.0, 1e-4, 50.0])
+def test_extreme_scores(sharpness, road, monkeypatch):
+    """0: all scores of a row are equal, so that the support is everything; 50: one key takes all."""
+    take(road, monkeypatch)
+    compare(*inputs(1, 1, 1, 40, 40, 16, sharpness=sharpness))
+
+
+def test_one_key_that_all_queries_attend_to(monkeypatch):
+    take("sinks", monkeypatch)
+    q, k, v, d_out = inputs(1, 2, 1, 70, 70, 16)
+    k[:, :, 0] = 3 * q.mean((1, 2))[:, None]
+    q += 2 * k[:, :, :1].repeat_interleave(2, 1)
+    compare(q, k, v, d_out)
+
+
+def test_half_precision(road):
+    compare(*inputs(1, 1, 1, 66, 66, 16, torch.float16))
+
+
+def test_outputs_are_written_whole(monkeypatch):
+    """Every element of a fresh buffer is NaN: none may come through."""
+    take("both", monkeypatch)
+    empty_like, new_empty = torch.empty_like, Tensor.new_empty
+
+    def poison(x):
+        return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(-7)
+
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    compare(*inputs(1, 2, 1, 70, 70, 16), alpha=torch.tensor([1.4, 1.6], device=DEVICE))
+
+
+@pytest.mark.parametrize("alpha", [1.5, 1.25])
+def test_lists_hold_exactly_the_support(alpha):
+    q, k, v, _ = inputs(1, 2, 1, 70, 70, 16)
+    visible = resolve_key_range(q, k, None, True)
+    alphas = torch.full((2,), alpha, device=DEVICE)
+    none = (None, None, None)
+    _, _, _, keys, first, count, in_tiles, *_ = operator.entmax_attention_forward(
+        q, k, v, visible.start, visible.stop, alphas, *none, 0.25, operator.formula_of(alpha), 64
+    )
+    assert not in_tiles.any()
+    mask = visible.dense_mask(70).cpu()
+    p = dense_probabilities(q.cpu(), k.cpu(), mask, alpha=alpha, scale=0.25)
+    blocks = in_tiles.shape[1]
+    slabs = keys.view(2, blocks, -1)
+    rows = 64 if q.dtype == torch.float32 else 128
+    for h in range(2):
+        for i in range(70):
+            begin = int(first[0, h, i])
+            listed = set(slabs[h, i // rows, begin : begin + int(count[0, h, i])].tolist())
+            certain = set((p[0, h, i] > 1e-9).nonzero().flatten().tolist())
+            possible = set((p[0, h, i] > 0).nonzero().flatten().tolist())
+            assert certain <= listed
+            assert len(listed - possible) <= 1  # a key on the edge may round to either side
+
+
+def test_operator_contracts():
+    """Fake tensors, autograd registration and aliasing, as torch.compile relies on them."""
+    q, k, v, _ = inputs(1, 2, 1, 20, 20, 16)
+    visible = resolve_key_range(q, k, None, True)
+    arguments = (
+        q,
+        k,
+        v,
+        visible.start,
+        visible.stop,
+        torch.full((2,), 1.5, device=DEVICE),
+        None,
+        None,
+        None,
+        0.25,
+        2,
+        64,
+    )
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(operator.entmax_attention_forward, arguments, test_utils=tests)
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU, at full size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+def test_dims_and_dtypes(dim, dtype, road):
+    compare(*inputs(1, 2, 1, 507, 507, dim, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [63, 127, 507, 4095])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (3, 1), (8, 1)])
+def test_lengths_and_groups(length, heads):
+    compare(*inputs(1, *heads, length, length, 64, torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alpha", [1.01, 1.25, 1.5, 1.75, 2.0, "learned"])
+def test_alphas(alpha, road):
+    if alpha == "learned":
+        alpha = torch.tensor([1.3, 1.6], device=DEVICE)
+    compare(*inputs(1, 2, 1, 1023, 1023, 64, torch.bfloat16, sharpness=4.0), alpha=alpha)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["window", "left padding", "right padding", "documents", "everything"])
+def test_key_ranges_at_length(kind, road):
+    compare(*inputs(2, 2, 1, 2047, 2047, 64, torch.bfloat16), key_range=key_ranges(2047)[kind])
+
+
+@pytest.mark.gpu
+def test_128k_tokens():
+    """Against the float64 reference on the last rows: no index overflows, and no row is lost."""
+    length = 131072
+    q, k, v, d_out = inputs(1, 2, 1, length, length, 64, torch.bfloat16)
+    visible = resolve_key_range(q, k, None, True)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = operator.entmax_attention_kernels(*leaves, visible, alpha=1.5, scale=0.125)
+    out.backward(d_out)
+    assert all(x.grad.isfinite().all() for x in leaves)
+    tail = slice(length - 64, length)
+    truth = range_attention(
+        q[:, :, tail].double(), k.double(), v.double(), visible.rows(length - 64, length), alpha=1.5, scale=0.125
+    )
+    assert relative(out[:, :, tail], truth) < 5e-3
+
+
+@pytest.mark.gpu
+def test_compiles_without_graph_breaks():
+    from adasplash import entmax_attention
+
+    q, k, v, _ = inputs(1, 4, 2, 300, 300, 64, torch.bfloat16)
+    compiled = torch.compile(lambda q, k, v: 2 * entmax_attention(q, k, v), fullgraph=True)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = compiled(*leaves)
+    out.float().sum().backward()
+    assert torch.equal(out, 2 * entmax_attention(q, k, v))
+    assert leaves[0].grad.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_dense_attention_agrees_with_the_dense_computation():
+    from adasplash import entmax_attention
+
+    q, k, v, _ = inputs(1, 2, 1, 300, 300, 64, torch.float32)
+    mask = torch.ones(300, 300, dtype=torch.bool).tril()
+    truth = dense_attention(q.cpu(), k.cpu(), v.cpu(), mask, alpha=1.5)
+    assert relative(entmax_attention(q, k, v).cpu(), truth) < 1e-5
