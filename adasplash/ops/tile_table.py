@@ -78,10 +78,13 @@ def softmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
     """Tiles of the kernels of softmax attention; block_m of `forward` is a multiple of that of `columns`."""
     wide = block_dim(dim)
     if dtype == torch.float32:
-        tiles = Tiles(64, 32, 4, 1) if wide <= 128 else Tiles(32, 16, 8, 1)
-        return dict.fromkeys(("forward", "rows", "columns"), tiles)
+        if wide <= 64:
+            return {"forward": Tiles(64, 32, 4, 1), "rows": Tiles(64, 32, 4, 1), "columns": Tiles(32, 32, 4, 1)}
+        if wide <= 128:
+            return {"forward": Tiles(32, 32, 4, 1), "rows": Tiles(32, 32, 8, 1), "columns": Tiles(32, 16, 4, 1)}
+        return {"forward": Tiles(16, 32, 4, 1), "rows": Tiles(16, 16, 4, 1), "columns": Tiles(16, 16, 8, 1)}
     if wide <= 64:
         return {"forward": Tiles(128, 128, 8, 3), "rows": Tiles(128, 64, 8, 3), "columns": Tiles(64, 128, 8, 3)}
     if wide <= 128:
         return {"forward": Tiles(128, 64, 8, 3), "rows": Tiles(128, 64, 8, 2), "columns": Tiles(64, 128, 8, 2)}
-    return {"forward": Tiles(64, 32, 4, 2), "rows": Tiles(64, 32, 8, 1), "columns": Tiles(32, 64, 8, 1)}
+    return {"forward": Tiles(128, 32, 8, 2), "rows": Tiles(64, 32, 8, 2), "columns": Tiles(32, 64, 8, 2)}
