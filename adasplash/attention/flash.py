@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.attend import why_no_kernels
 from ..ops.checks import check_attention_inputs, resolve_key_range, resolve_scale
 from ..ops.range_attention import alibi_bias, row_chunks
 from ..ops.softmax_attention import softmax_attention
@@ -71,11 +72,13 @@ class Flash(AttentionBackend):
     name = "flash"
 
     def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):
-        if self.options.implementation == "reference":
-            announce("attention=flash: implementation 'reference', softmax written out in torch.")
-            return softmax_attention(q, k, v, key_range=key_range, causal=causal, scale=scale, alibi_slopes=self.slopes)
-        if self.options.implementation == "triton":
-            implementation = self.choose_implementation(q)
+        plain = key_range is None and self.slopes is None
+        single = q.shape[2] == 1  # the one query at the end sees everything
+        if self.options.implementation == "auto" and plain and (not causal or single or q.shape[2] == k.shape[2]):
+            announce(f"attention=flash: PyTorch's fused attention on {q.device.type}.")
+            check_attention_inputs(q, k, v)
+            return fused_attention(q, k, v, causal=causal and not single, scale=resolve_scale(q, scale))
+        if self.options.implementation != "auto" or why_no_kernels(q.device, q.dtype, self.head_dim) is None:
             return softmax_attention(
                 q,
                 k,
@@ -84,14 +87,10 @@ class Flash(AttentionBackend):
                 causal=causal,
                 scale=scale,
                 alibi_slopes=self.slopes,
-                implementation=implementation,
+                implementation=self.choose_implementation(q),
             )
         check_attention_inputs(q, k, v)
         scale = resolve_scale(q, scale)
-        single = q.shape[2] == 1  # the one query at the end sees everything
-        if key_range is None and self.slopes is None and (not causal or single or q.shape[2] == k.shape[2]):
-            announce(f"attention=flash: PyTorch's fused attention on {q.device.type}.")
-            return fused_attention(q, k, v, causal=causal and not single, scale=scale)
         announce(f"attention=flash: PyTorch's fused attention under masks, in row blocks, on {q.device.type}.")
         visible = resolve_key_range(q, k, key_range, causal)
         return masked_fused_attention(q, k, v, visible, scale=scale, slopes=self.slopes)

@@ -63,11 +63,15 @@ def attend(
         "key_positions": key_positions,
     }
     chosen = choose_implementation(implementation, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
-    softmax = not isinstance(alpha, Tensor) and alpha == 1.0
-    if chosen == "reference" or softmax or q.shape[2] == 0 or k.shape[2] == 0 or q.shape[-1] != v.shape[-1]:
+    if chosen == "reference" or q.shape[2] == 0 or k.shape[2] == 0 or q.shape[-1] != v.shape[-1]:
         return range_attention(q, k, v, key_range, alpha=alpha, **arguments)
     if alibi_slopes is not None and query_positions is None:
         arguments["query_positions"], arguments["key_positions"] = text_positions(q, k)
+    # Imported here, so that the package needs no triton where no kernel runs.
+    if not isinstance(alpha, Tensor) and alpha == 1.0:
+        from .softmax_attention.operator import softmax_attention_kernels
+
+        return softmax_attention_kernels(q, k, v, key_range, **arguments)
     from .entmax_attention.operator import entmax_attention_kernels
 
     return entmax_attention_kernels(q, k, v, key_range, alpha=alpha, **arguments)

@@ -8,12 +8,20 @@ import torch
 
 
 class Tiles(NamedTuple):
-    """Shape of one kernel's programs: rows and columns of a score tile, warps, and stages of the software pipeline."""
+    """Shape of one kernel's programs: rows and columns of a score tile, warps, stages of the software pipeline.
+
+    registers: at most so many for a thread, where more programs at once are worth some spilling; None: as needed.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def launch_options(self) -> dict:
+        options = {"num_warps": self.warps, "STAGES": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 def block_dim(dim: int) -> int:
@@ -32,15 +40,15 @@ def entmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
         return dict.fromkeys(("collect", "forward", "rows", "columns", "sinks"), tiles)
     if wide <= 64:
         return {
-            "collect": Tiles(128, 128, 8, 3),
-            "forward": Tiles(128, 64, 8, 3),
-            "rows": Tiles(128, 64, 8, 2),
-            "columns": Tiles(64, 128, 8, 2),
-            "sinks": Tiles(64, 64, 4, 2),
+            "collect": Tiles(128, 128, 8, 3, 128),
+            "forward": Tiles(128, 128, 8, 2),
+            "rows": Tiles(128, 64, 4, 2),
+            "columns": Tiles(64, 64, 4, 2),
+            "sinks": Tiles(64, 64, 4, 3),
         }
     if wide <= 128:
         return {
-            "collect": Tiles(128, 64, 8, 3),
+            "collect": Tiles(128, 64, 8, 3, 128),
             "forward": Tiles(128, 64, 8, 2),
             "rows": Tiles(128, 32, 8, 2),
             "columns": Tiles(64, 64, 8, 2),
@@ -84,7 +92,11 @@ def softmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
             return {"forward": Tiles(32, 32, 4, 1), "rows": Tiles(32, 32, 8, 1), "columns": Tiles(32, 16, 4, 1)}
         return {"forward": Tiles(16, 32, 4, 1), "rows": Tiles(16, 16, 4, 1), "columns": Tiles(16, 16, 8, 1)}
     if wide <= 64:
-        return {"forward": Tiles(128, 128, 8, 3), "rows": Tiles(128, 64, 8, 3), "columns": Tiles(64, 128, 8, 3)}
+        return {
+            "forward": Tiles(64, 64, 4, 3, 128),
+            "rows": Tiles(128, 64, 8, 3, 128),
+            "columns": Tiles(64, 64, 4, 3, 168),
+        }
     if wide <= 128:
         return {"forward": Tiles(128, 64, 8, 3), "rows": Tiles(128, 64, 8, 2), "columns": Tiles(64, 128, 8, 2)}
     return {"forward": Tiles(128, 32, 8, 2), "rows": Tiles(64, 32, 8, 2), "columns": Tiles(32, 64, 8, 2)}

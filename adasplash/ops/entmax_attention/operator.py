@@ -77,9 +77,8 @@ def _dense(q: Tensor, tiles) -> dict:
     return {
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        "STAGES": tiles.stages,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        "num_warps": tiles.warps,
+        **tiles.launch_options(),
     }
 
 
@@ -136,7 +135,7 @@ def entmax_attention_forward(
         records, keys, first, count, bound, in_tiles, block_range,
         scale, *q.stride()[:3], *k.stride()[:3], *ranges,
         batch * heads, heads, ratio, query_length, key_length, blocks, ENTRIES, capacity,
-        maxnreg=128 if shape.warps == 8 else 255, **common, **_dense(q, shape),
+        **common, **_dense(q, shape),
     )  # fmt: skip
     del records
     lists = list_shapes(dim)["forward"]

@@ -31,8 +31,7 @@ def _constants(q: Tensor, tiles: Tiles, slopes: Tensor | None) -> dict:
         "BLOCK_N": tiles.block_n,
         "HAS_ALIBI": slopes is not None,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        "STAGES": tiles.stages,
-        "num_warps": tiles.warps,
+        **tiles.launch_options(),
     }
 
 
