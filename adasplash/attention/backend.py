@@ -138,7 +138,15 @@ class AttentionBackend(nn.Module):
             alpha = alpha.view(1, -1, 1, 1)
         scale = resolve_scale(q, scale)
         return support_statistics(
-            q, k, visible, alpha=alpha, scale=scale, alibi_slopes=self.slopes, tiles=tiles, **places
+            q,
+            k,
+            visible,
+            alpha=alpha,
+            scale=scale,
+            alibi_slopes=self.slopes,
+            tiles=tiles,
+            implementation=self.options.implementation,
+            **places,
         )
 
     def extra_repr(self) -> str:

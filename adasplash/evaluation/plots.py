@@ -45,6 +45,29 @@ def new_axes(width: float = 7.5, height: float = 4.8):
     return figure, axes
 
 
+def draw_support(path: Path, counts: Any, size: int, *, queries: int = 0, keys: int = 0) -> Path:
+    """The support of a head as a PNG: what `support_map` returns, for a window that begins at these queries and keys.
+
+    Cells without a supported pair stay white; single keys are black, tiles the darker the more pairs they hold.
+    """
+    from matplotlib.colors import LogNorm
+
+    figure, axes = new_axes(6.0, 5.4)
+    axes.grid(False)
+    rows, columns = counts.shape
+    shown = counts.float().cpu().numpy()
+    extent = (keys, keys + columns * size, queries + rows * size, queries)
+    norm = LogNorm(vmin=0.5, vmax=max(2.0, shown.max())) if size > 1 else None
+    shown = shown if size == 1 else shown.clip(min=0.5)
+    image = axes.imshow(shown, cmap="Greys", norm=norm, extent=extent, interpolation="nearest", aspect="auto")
+    axes.set_xlabel("key")
+    axes.set_ylabel("query")
+    if size > 1:
+        figure.colorbar(image, label=f"supported pairs in {size} x {size}")
+    figure.savefig(path)
+    return path
+
+
 def readable_scale(axes, which: str, values: Sequence[float]) -> None:
     """Axis "x" or "y": logarithmic where the values spread by more than a factor of three, ticks at plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attend import choose_implementation
 from .entmax.reference import entmax
 from .key_range import KeyRange
 from .range_attention import chunk_scores, row_chunks, text_positions
@@ -19,11 +20,15 @@ class SupportStatistics(NamedTuple):
     """float32 (H,) each.
 
     density: share of the visible 64 x 64 tiles that hold a pair with weight.
-    support: keys with weight per query.
+    support: keys with weight per query, on average.
+    largest: the largest support of a query.
+    tile_mode: share of the queries that the kernels compute on whole tiles; 0 where no kernel runs.
     """
 
     density: Tensor
     support: Tensor
+    largest: Tensor
+    tile_mode: Tensor
 
 
 def count_tiles(pairs: Tensor) -> Tensor:
@@ -43,6 +48,57 @@ def visible_tiles(key_range: KeyRange, key_length: int) -> Tensor:
 
 
 @torch.no_grad()
+def support_map(
+    q: Tensor,
+    k: Tensor,
+    key_range: KeyRange,
+    *,
+    alpha: float,
+    scale: float,
+    queries: tuple[int, int] | None = None,
+    keys: tuple[int, int] | None = None,
+    cells: int = 512,
+) -> tuple[Tensor, int]:
+    """The exact support of one head as a picture's pixels; plain torch, in row chunks.
+
+    Args:
+        q: (Tq, D); k: (Tk, D).
+        key_range: ranges (1, 1, Tq).
+        queries, keys: half-open windows to look at, by default everything.
+        cells: the picture has at most so many rows and columns.
+
+    Returns:
+        Pairs with weight in each cell (rows, columns), int64, and how many queries, and keys, a cell stands for: 1 where
+        the window is small enough to show single keys.
+
+    Raises:
+        ValueError: if a window is empty or reaches outside.
+    """
+    windows = []
+    for name, window, length in (("queries", queries, q.shape[0]), ("keys", keys, k.shape[0])):
+        begin, end = window or (0, length)
+        if not 0 <= begin < end <= length:
+            raise ValueError(f"Expected {name} as a window inside 0..{length}, got {begin}..{end}.")
+        windows.append((begin, end))
+    (top, bottom), (left, right) = windows
+    size = -(-max(bottom - top, right - left) // cells)
+    counts = torch.zeros(-(-(bottom - top) // size), -(-(right - left) // size), dtype=torch.int64, device=q.device)
+    q, k = q[None, None, top:bottom], k[None, None]
+    visible = key_range.rows(top, bottom)
+    for begin, end, first, last in row_chunks(q, k, visible):
+        ranges = visible.rows(begin, end)
+        with torch.autocast(q.device.type, enabled=False):
+            rows = (q[:, :, begin:end], k[:, :, first:last], ranges.start, ranges.stop, scale, None, None, None, first)
+            weighted = entmax(chunk_scores(*rows), alpha)[0, 0] > 0
+        row, key = weighted.nonzero(as_tuple=True)
+        key = key + first
+        seen = (key >= left) & (key < right)
+        cell = (row[seen] + begin) // size * counts.shape[1] + (key[seen] - left) // size
+        counts += torch.bincount(cell, minlength=counts.numel()).view_as(counts)
+    return counts, size
+
+
+@torch.no_grad()
 def support_statistics(
     q: Tensor,
     k: Tensor,
@@ -54,16 +110,25 @@ def support_statistics(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     tiles: Tensor | None = None,
+    implementation: str = "auto",
 ) -> SupportStatistics:
-    """Counts for attention as `range_attention` computes it; arguments as there.
+    """Counts for attention as `attend` computes it; arguments as there.
 
     `tiles` (H,) is the number of tiles that density is a share of, by default those that `key_range` sees.
     """
     batch, heads, query_length, _ = q.shape
     if query_positions is None:
         query_positions, key_positions = text_positions(q, k)
-    active = torch.zeros(heads, device=q.device)
-    support = torch.zeros(heads, device=q.device)
+    tiles = visible_tiles(key_range, k.shape[2]) if tiles is None else tiles
+    chosen = choose_implementation(implementation, q.device, q.dtype, q.shape[-1])
+    if chosen == "triton" and (isinstance(alpha, Tensor) or alpha > 1.0):
+        from .entmax_attention.statistics import count_support
+
+        places = {"query_positions": query_positions, "key_positions": key_positions, "alibi_slopes": alibi_slopes}
+        found, active, tile_mode = count_support(q, k, key_range, tile=TILE, alpha=alpha, scale=scale, **places)
+        density = active.sum((0, 2)) / tiles.clamp(min=1)
+        return SupportStatistics(density, found.float().mean((0, 2)), found.amax((0, 2)).float(), tile_mode)
+    active, support, largest = torch.zeros(3, heads, device=q.device).unbind()
     for begin, end, first, last in row_chunks(q, k, key_range, tile=TILE):
         with torch.autocast(q.device.type, enabled=False):
             scores = chunk_scores(
@@ -78,7 +143,9 @@ def support_statistics(
                 first,
             )
         weighted = entmax(scores, alpha) > 0
-        support += weighted.sum((0, 2, 3))
+        found = weighted.sum(-1)  # (B, H, rows)
+        support += found.sum((0, 2))
+        largest = torch.maximum(largest, found.amax((0, 2)))
         active += count_tiles(weighted)
-    tiles = visible_tiles(key_range, k.shape[2]) if tiles is None else tiles
-    return SupportStatistics(active / tiles.clamp(min=1), support / (batch * query_length))
+    support = support / (batch * query_length)
+    return SupportStatistics(active / tiles.clamp(min=1), support, largest, torch.zeros_like(support))

@@ -55,14 +55,22 @@ class Validation:
 
     @torch.no_grad()
     def density(self, model: nn.Module) -> tuple[dict[str, float], list[list[float]]]:
-        """Metrics attention/density/layerNN and attention/support/layerNN, and the density of each layer and head."""
+        """Metrics attention/WHAT/layerNN, and the density of each layer and head.
+
+        WHAT: density, support (mean over the queries), largest_support, and tile_mode (see `SupportStatistics`).
+        """
         batch = self._batch(0, 1)
         with _evaluating(model, self.ranks.device), self.autocast():
             layers = attention_statistics(model, batch.input_ids, batch.position_ids)
         metrics = {}
         for index, layer in enumerate(layers):
-            metrics[f"attention/density/layer{index:02d}"] = layer.density.mean().item()
-            metrics[f"attention/support/layer{index:02d}"] = layer.support.mean().item()
+            numbers = {
+                "density": layer.density.mean(),
+                "support": layer.support.mean(),
+                "largest_support": layer.largest.max(),
+                "tile_mode": layer.tile_mode.mean(),
+            }
+            metrics |= {f"attention/{what}/layer{index:02d}": number.item() for what, number in numbers.items()}
         return metrics, [layer.density.tolist() for layer in layers]
 
     @property

@@ -6,7 +6,7 @@ from dense_attention import dense_probabilities
 
 import adasplash.ops.range_attention as range_attention_module
 from adasplash import KeyRange
-from adasplash.ops.support_statistics import TILE, support_statistics
+from adasplash.ops.support_statistics import TILE, support_map, support_statistics
 
 
 def tiles(mask):
@@ -52,6 +52,53 @@ def test_counts(shape, alpha, scores_at_once, monkeypatch):
         torch.testing.assert_close(found.support, visible, check_dtype=False)
     else:
         assert (found.support < visible).all()  # the case is not trivial
+
+
+@pytest.mark.parametrize("alpha", [1.5, "per head"])
+def test_kernels_count_what_the_reference_counts(alpha):
+    statistics = pytest.importorskip("adasplash.ops.entmax_attention.statistics", reason="needs triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k = 3 * torch.randn(1, 4, 70, 16, device=device), torch.randn(1, 2, 70, 16, device=device)
+    key_range = (KeyRange.causal(70, device=device) & KeyRange.window(70, 50, device=device)).expand(1, 4)
+    alpha = torch.linspace(1.2, 2.0, 4, device=device).view(1, 4, 1, 1) if alpha == "per head" else alpha
+    how = {"alpha": alpha, "scale": 0.25}
+    expected = support_statistics(q, k, key_range, implementation="reference", **how)
+    support, active, tile_mode = statistics.count_support(q, k, key_range, tile=TILE, **how)
+    torch.testing.assert_close(support.float().mean((0, 2)), expected.support, atol=1 / 70, rtol=0)
+    torch.testing.assert_close(support.amax((0, 2)).float(), expected.largest, atol=1, rtol=0)
+    assert torch.equal(
+        active.sum((0, 2)),
+        tiles(
+            dense_probabilities(
+                q.cpu(),
+                k.cpu(),
+                key_range.dense_mask(70).cpu(),
+                alpha=alpha.flatten().cpu() if isinstance(alpha, torch.Tensor) else alpha,
+                scale=0.25,
+            )
+            > 0
+        ).to(active),
+    )
+    assert (tile_mode == 0).all()
+
+
+@pytest.mark.parametrize("cells, size", [(100, 1), (20, 4)])
+def test_support_map(cells, size, tmp_path):
+    from adasplash.evaluation.plots import draw_support
+
+    q, k = 4 * torch.randn(90, 8), torch.randn(90, 8)
+    key_range = KeyRange.causal(90)
+    counts, found_size = support_map(q, k, key_range, alpha=1.5, scale=1.0, queries=(10, 90), keys=(5, 85), cells=cells)
+    weighted = (
+        dense_probabilities(q[None, None], k[None, None], key_range.dense_mask(90), alpha=1.5, scale=1.0)[0, 0] > 0
+    )
+    cut = weighted[10:90, 5:85]
+    expected = cut.view(80 // size, size, 80 // size, size).sum((1, 3))
+    assert found_size == size
+    assert torch.equal(counts, expected)
+    assert draw_support(tmp_path / "support.png", counts, size, queries=10, keys=5).stat().st_size > 1000
+    with pytest.raises(ValueError, match="Expected queries as a window inside 0..90, got 10..100"):
+        support_map(q, k, key_range, alpha=1.5, scale=1.0, queries=(10, 100))
 
 
 def test_density_notices_empty_tiles():

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from ..jit import GENERAL, INTERPRETED, LINEAR, QUADRATIC
+from ..key_range import KeyRange
 from ..tile_table import ListShape, block_dim, entmax_tiles, list_shapes
 from .collect import collect_kernel, key_norm_kernel
 from .lists import (
@@ -283,35 +284,37 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def entmax_attention_kernels(
+def operator_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_range,
+    key_range: KeyRange,
     *,
     alpha: float | Tensor,
     scale: float,
     alibi_slopes: Tensor | None = None,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
-) -> Tensor:
-    """What `range_attention` computes, by kernels; arguments as there, alpha > 1, scale > 0, tensors on one GPU."""
+) -> tuple:
+    """The arguments of `entmax_attention_forward` for those of `entmax_attention_kernels`."""
     batch, heads, _, _ = q.shape
     if isinstance(alpha, Tensor):
         formula = GENERAL
-        alpha = alpha.reshape(-1).float().expand(heads)
+        alpha = alpha.reshape(-1).float().expand(heads).contiguous()
     else:
         formula = formula_of(alpha)
         alpha = torch.full((heads,), alpha, device=q.device)
-    slopes = None
+    slopes = query_position = key_position = None
     if alibi_slopes is not None:
         slopes = alibi_slopes.float().reshape(-1, heads).expand(batch, heads).contiguous()
-        query_positions = query_positions.int().contiguous()
-        key_positions = key_positions.int().contiguous()
-    else:
-        query_positions = key_positions = None
-    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
-    start, stop = _last_contiguous(key_range.start), _last_contiguous(key_range.stop)
-    return entmax_attention_forward(
-        q, k, v, start, stop, alpha.contiguous(), slopes, query_positions, key_positions, scale, formula, KEYS_PER_QUERY
-    )[0]
+        query_position, key_position = query_positions.int().contiguous(), key_positions.int().contiguous()
+    tensors = [_last_contiguous(x) for x in (q, k, v, key_range.start, key_range.stop)]
+    return *tensors, alpha, slopes, query_position, key_position, scale, formula, KEYS_PER_QUERY
+
+
+def entmax_attention_kernels(q: Tensor, k: Tensor, v: Tensor, key_range: KeyRange, **how) -> Tensor:
+    """What `range_attention` computes, by kernels.
+
+    Arguments as there, with alpha > 1 and scale > 0, all tensors on one GPU; with ALiBi the positions are needed.
+    """
+    return entmax_attention_forward(*operator_arguments(q, k, v, key_range, **how))[0]
