@@ -2,6 +2,8 @@
 
 Both keep the order of the text among the keys that belong together, so that the keys of a bucket (or the kept keys)
 before a place a in the text are a prefix, and any KeyRange [a, b) of the text becomes a range of the new order.
+
+Here in torch for any device; `reorder_kernels` has what attention calls of this as kernels, with the same meaning.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from .key_range import KeyRange
 class Reordering(NamedTuple):
     """A new order of queries and keys, and the ranges that hold in it.
 
-    query_order: int64 (B, H, Tq), the place in the text of each query in its new order; key_order: (B, G, Tk) likewise.
+    query_order: (B, H, Tq), the place in the text of each query in its new order; key_order: (B, G, Tk) likewise. Both
+    int64 from torch, int32 from the kernels.
     key_range: (B, H, Tq), ranges of new key places, for the queries in their new order.
     """
 
@@ -28,12 +31,12 @@ class Reordering(NamedTuple):
 
 def take_rows(x: Tensor, order: Tensor) -> Tensor:
     """Rows of x (B, H, T, D) in the order (B, H, T) given."""
-    return x.gather(2, order[..., None].expand(*order.shape, x.shape[-1]))
+    return x.gather(2, order.long()[..., None].expand(*order.shape, x.shape[-1]))
 
 
 def restore_rows(x: Tensor, order: Tensor) -> Tensor:
     """The inverse of `take_rows`."""
-    return torch.empty_like(x).scatter(2, order[..., None].expand_as(x), x)
+    return torch.empty_like(x).scatter(2, order.long()[..., None].expand_as(x), x)
 
 
 def hash_buckets(x: Tensor, directions: Tensor) -> Tensor:
@@ -62,6 +65,12 @@ def sort_by_bucket(query_buckets: Tensor, key_buckets: Tensor, key_range: KeyRan
         return torch.searchsorted(sorted_keys, wanted.gather(-1, query_order))
 
     return Reordering(query_order, key_order, KeyRange(new_place(key_range.start), new_place(key_range.stop)))
+
+
+def sort_by_hash(q: Tensor, k: Tensor, directions: Tensor, key_range: KeyRange) -> Reordering:
+    """Queries (B, H, Tq, D) and keys (B, G, Tk, D) sorted by `hash_buckets`, with (G, D, n_buckets / 2) directions."""
+    query_directions = directions.repeat_interleave(q.shape[1] // k.shape[1], 0)
+    return sort_by_bucket(hash_buckets(q, query_directions), hash_buckets(k, directions), key_range)
 
 
 def compact_kept(query_kept: Tensor, key_kept: Tensor, key_range: KeyRange) -> Reordering:

@@ -5,19 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attend import attend
+from . import reorder
+from .attend import attend, choose_implementation
 from .checks import check_alpha, check_attention_inputs, resolve_key_range, resolve_scale
 from .entmax_attention.attention import alpha_per_head
 from .key_range import KeyRange
-from .reorder import Reordering, compact_kept, hash_buckets, restore_rows, sort_by_bucket, take_rows
+from .reorder import Reordering
+
+
+def _steps(q: Tensor, k: Tensor, implementation: str):
+    """The module whose functions reorder: `reorder`, or `reorder_kernels` where kernels are chosen for q."""
+    chosen = choose_implementation(implementation, q.device, q.dtype, q.shape[-1])
+    if chosen == "reference" or q.shape[2] == 0 or k.shape[2] == 0:
+        return reorder
+    from . import reorder_kernels  # here, so that the package needs no triton where no kernel runs
+
+    return reorder_kernels
 
 
 def _attend_reordered(q, k, v, reordering: Reordering, *, alpha, scale, alibi_slopes, implementation) -> Tensor:
+    steps = _steps(q, k, implementation)
     query_length, key_length = q.shape[2], k.shape[2]
     out = attend(
-        take_rows(q, reordering.query_order),
-        take_rows(k, reordering.key_order),
-        take_rows(v, reordering.key_order),
+        steps.take_rows(q, reordering.query_order),
+        steps.take_rows(k, reordering.key_order),
+        steps.take_rows(v, reordering.key_order),
         reordering.key_range,
         alpha=alpha,
         scale=scale,
@@ -26,7 +38,7 @@ def _attend_reordered(q, k, v, reordering: Reordering, *, alpha, scale, alibi_sl
         key_positions=reordering.key_order,
         implementation=implementation,
     )
-    return restore_rows(out, reordering.query_order)
+    return steps.restore_rows(out, reordering.query_order)
 
 
 def random_directions(heads: int, dim: int, n_buckets: int, *, device=None) -> Tensor:
@@ -36,7 +48,7 @@ def random_directions(heads: int, dim: int, n_buckets: int, *, device=None) -> T
     return torch.nn.functional.normalize(torch.randn(heads, dim, n_buckets // 2, device=device), dim=1)
 
 
-def hash_reordering(q, k, directions, key_range, *, causal, attend_self) -> Reordering:
+def hash_reordering(q, k, directions, key_range, *, causal, attend_self, implementation="auto") -> Reordering:
     """The order and ranges that `hash_sparse_attention` uses; arguments as there."""
     visible = resolve_key_range(q, k, key_range, causal)
     if not attend_self:
@@ -50,9 +62,7 @@ def hash_reordering(q, k, directions, key_range, *, causal, attend_self) -> Reor
             f"Expected directions of shape ({k.shape[1]}, {q.shape[-1]}, n_buckets / 2), one set per key head, "
             f"got {tuple(directions.shape)}."
         )
-    ratio = q.shape[1] // k.shape[1]
-    query_buckets = hash_buckets(q, directions.repeat_interleave(ratio, 0))
-    return sort_by_bucket(query_buckets, hash_buckets(k, directions), visible)
+    return _steps(q, k, implementation).sort_by_hash(q, k, directions, visible)
 
 
 def hash_sparse_attention(
@@ -95,7 +105,9 @@ def hash_sparse_attention(
         k = torch.nn.functional.normalize(q, dim=-1)
     check_attention_inputs(q, k, v, alibi_slopes)
     check_alpha(alpha)
-    reordering = hash_reordering(q, k, directions, key_range, causal=causal, attend_self=attend_self)
+    reordering = hash_reordering(
+        q, k, directions, key_range, causal=causal, attend_self=attend_self, implementation=implementation
+    )
     return _attend_reordered(
         q,
         k,
@@ -167,7 +179,7 @@ def qk_sparse_attention(
         q,
         k,
         v,
-        compact_kept(*masks, resolve_key_range(q, k, key_range, causal)),
+        _steps(q, k, implementation).compact_kept(*masks, resolve_key_range(q, k, key_range, causal)),
         alpha=alpha_per_head(alpha, q.shape[1]),
         scale=resolve_scale(q, scale),
         alibi_slopes=alibi_slopes,
