@@ -20,27 +20,25 @@ def _block(length: int, longest: int) -> dict:
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
-def _empty_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    of_rows = x.new_empty(x.shape[:1], dtype=torch.float32)
-    return x.new_empty(x.shape), of_rows, torch.empty_like(of_rows)
+def _empty_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], 3), dtype=torch.float32)
 
 
 @torch.library.custom_op("adasplash::entmax", mutates_args=(), device_types=None if INTERPRETED else "cuda")
-def entmax_forward(x: Tensor, alpha: Tensor, formula: int) -> tuple[Tensor, Tensor, Tensor]:
+def entmax_forward(x: Tensor, alpha: Tensor, formula: int) -> tuple[Tensor, Tensor]:
     """x (R, n), bfloat16, float16 or float32, last stride 1; alpha (R,) float32; formula as in `jit`.
 
-    Returns p (R, n) in x's dtype, and for the backward top and tau (R,) in float32: the largest entry of each row, and
-    its threshold relative to (alpha - 1) top.
+    Returns p (R, n) in x's dtype, and the rows' thresholds (R, 3) in float32, in the parts that `entmax_kernel` explains.
     """
-    p, top, tau = _empty_outputs(x)
+    p, threshold = _empty_outputs(x)
     rows, length = x.shape
     held = length <= LONGEST_HELD
     with torch.cuda.device_of(x):
         entmax_kernel[(rows,)](
-            x, alpha, p, top, tau, x.stride(0), alpha.stride(0), length,
+            x, alpha, p, threshold, x.stride(0), alpha.stride(0), length,
             FORMULA=formula, HELD=held, **_block(length, LONGEST_HELD if held else SWEPT_BLOCK),
         )  # fmt: skip
-    return p, top, tau
+    return p, threshold
 
 
 @entmax_forward.register_fake
@@ -50,23 +48,23 @@ def _(x, alpha, formula):
 
 @torch.library.custom_op("adasplash::entmax_backward", mutates_args=(), device_types=None if INTERPRETED else "cuda")
 def entmax_backward(
-    g: Tensor, x: Tensor, alpha: Tensor, top: Tensor, tau: Tensor, formula: int, alpha_gradient: bool
+    g: Tensor, x: Tensor, alpha: Tensor, threshold: Tensor, formula: int, alpha_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients for x (R, n), in its dtype, and for alpha (R,), which is empty unless asked for; g (R, n)."""
-    dx = x.new_empty(x.shape)
-    d_alpha = torch.empty_like(tau) if alpha_gradient else tau.new_empty(0)
     rows, length = x.shape
+    dx = x.new_empty(x.shape)
+    d_alpha = threshold.new_empty(rows if alpha_gradient else 0)
     with torch.cuda.device_of(x):
         entmax_backward_kernel[(rows,)](
-            g, x, alpha, top, tau, dx, d_alpha, g.stride(0), x.stride(0), alpha.stride(0), length,
+            g, x, alpha, threshold, dx, d_alpha, g.stride(0), x.stride(0), alpha.stride(0), length,
             FORMULA=formula, ALPHA_GRADIENT=alpha_gradient, **_block(length, SWEPT_BLOCK),
         )  # fmt: skip
     return dx, d_alpha
 
 
 @entmax_backward.register_fake
-def _(g, x, alpha, top, tau, formula, alpha_gradient):
-    return x.new_empty(x.shape), tau.new_empty(tau.shape if alpha_gradient else 0)
+def _(g, x, alpha, threshold, formula, alpha_gradient):
+    return x.new_empty(x.shape), threshold.new_empty(x.shape[0] if alpha_gradient else 0)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -75,11 +73,11 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output):
     x, alpha, ctx.formula = inputs
-    ctx.save_for_backward(x, alpha, *output[1:])
+    ctx.save_for_backward(x, alpha, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, g, *unused):
+def _backward(ctx, g, unused):
     if g is None:
         return None, None, None
     alpha_gradient = ctx.needs_input_grad[1]
