@@ -47,8 +47,15 @@ class HashSparse(AttentionBackend):
     def select(self, q, k, key_range, causal):
         if self.options.shared_qk:
             k = torch.nn.functional.normalize(q, dim=-1)
-        attend_self = self.options.attend_self
-        return hash_reordering(q, k, self.directions, key_range, causal=causal, attend_self=attend_self)
+        return hash_reordering(
+            q,
+            k,
+            self.directions,
+            key_range,
+            causal=causal,
+            attend_self=self.options.attend_self,
+            implementation=self.options.implementation,
+        )
 
     def statistics(self, q, k, **kwargs):
         if self.options.shared_qk:
