@@ -1,0 +1,615 @@
+"""Times attention, forward and backward, beside its peers: a table, JSON rows and a picture. Needs an NVIDIA GPU.
+
+    python scripts/bench_attention.py
+    python scripts/bench_attention.py --lengths 16384 --inputs scattered:.2:.8 --implementations adasplash,fa2
+    python scripts/bench_attention.py --implementations adasplash,fa4,adasplash2 --adasplash2 FOLDER
+
+Inputs, the same for all, causal, bfloat16: see attention_inputs.py. Implementations:
+
+    adasplash[:ALPHA|:learned]  entmax_attention; learned: alpha is a tensor, one a head, that receives a gradient
+    softmax                     softmax_attention by its Triton kernels
+    hash_sparse:BUCKETS         hash_sparse_attention: hashing, sorting, attention and restoring
+    qk_sparse:DROP              qk_sparse_attention likewise, for masks that are drawn beforehand
+    fa2, cudnn                  FlashAttention-2 and cuDNN, as PyTorch has them
+    flex                        FlexAttention, compiled
+    fa4                         FlashAttention-4 (package flash-attn-4)
+    adasplash2                  AdaSplash-2 (package adasplash, of the same name as ours: it needs --adasplash2)
+
+Each is first compared with a float64 computation, on the very input that is timed: no time stands beside a wrong result.
+What does not depend on the input is timed once a length. MiB is the memory that forward and backward take on top of
+q, k and v, output and gradients included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from attention_inputs import InputSpec, entmax_threshold, make_inputs, parse_input, sparsity
+from torch import Tensor
+
+# adasplash is imported where it is used: in the process that runs AdaSplash-2, that name is another package.
+
+Row = dict[str, Any]
+
+IMPLEMENTATIONS = {
+    "adasplash": "adasplash[:ALPHA|:learned]",
+    "softmax": "softmax",
+    "hash_sparse": "hash_sparse:BUCKETS",
+    "qk_sparse": "qk_sparse:DROP",
+    "fa2": "fa2",
+    "cudnn": "cudnn",
+    "flex": "flex",
+    "fa4": "fa4",
+    "adasplash2": "adasplash2",
+}
+ENTMAX = ("adasplash", "adasplash2")
+DEPENDS_ON_INPUT = (*ENTMAX, "hash_sparse")
+BASELINES = ("fa4", "cudnn", "fa2")
+STANDARD_INPUTS = "scattered:.2:.8,scattered:.3:.6,clustered:3,clustered:8,clustered:32,gaussian"
+STANDARD_IMPLEMENTATIONS = "adasplash,softmax,hash_sparse:16,qk_sparse:.5,fa2,cudnn,flex,fa4,adasplash2"
+
+CHECKED_HEADS, CHECKED_QUERIES = 2, 256
+LARGEST_ERROR = 2e-2
+
+COLUMNS = {
+    "length": "length",
+    "inputs": "inputs",
+    "implementation": "implementation",
+    "heads": "heads",
+    "dim": "head dim",
+    "alpha": "alpha",
+    "forward_ms": "fwd ms",
+    "backward_ms": "bwd ms",
+    "sum_ms": "sum ms",
+    **{f"over_{name}": f"{name} / it" for name in BASELINES},
+    "extra_mib": "MiB",
+    "density": "density",
+    "support": "support",
+    "problem": "problem",
+}
+SAME = ("heads", "dim", "alpha")  # in the caption where they are the same in every row
+
+# ----------------------------------------------------------------------------------------------------- implementations
+
+
+class Implementation(NamedTuple):
+    """value: what follows the colon; None where nothing does."""
+
+    name: str
+    kind: str
+    value: float | str | None
+
+
+def parse_implementation(text: str) -> Implementation:
+    """Raises ValueError that lists the valid forms."""
+    kind, colon, rest = text.partition(":")
+    try:
+        value = rest if text == "adasplash:learned" else float(rest) if colon else None
+    except ValueError:
+        value = math.nan
+    if kind == "adasplash":
+        valid = value in (None, "learned") or 1 < value <= 2
+    elif kind == "hash_sparse":
+        valid = value is not None and value >= 2 and value % 2 == 0
+    elif kind == "qk_sparse":
+        valid = value is not None and 0 <= value < 1
+    else:
+        valid = kind in IMPLEMENTATIONS and value is None
+    if not valid:
+        raise ValueError(
+            f"Unknown implementation '{text}'; expected one of {', '.join(IMPLEMENTATIONS.values())}, "
+            "with 1 < ALPHA <= 2, an even number of BUCKETS and 0 <= DROP < 1."
+        )
+    return Implementation(text, kind, value)
+
+
+def alpha_of(implementation: Implementation, default: float) -> float:
+    """1 is softmax."""
+    if implementation.kind not in ENTMAX:
+        return 1.0
+    return implementation.value if isinstance(implementation.value, float) else default
+
+
+def why_left_out(implementation: Implementation, folder: Path | None, alpha: float) -> str | None:
+    """Why an implementation cannot be run here, None where it can; folder: of AdaSplash-2."""
+    if implementation.kind == "fa4":
+        try:
+            import flash_attn.cute  # noqa: F401
+        except Exception as error:  # of other kinds too where versions do not fit
+            return f"not installed ({type(error).__name__}: {one_line(error)})"
+    if implementation.kind == "adasplash2":
+        if folder is None:
+            return "not given (--adasplash2 names the folder that holds it)"
+        if not (folder / "adasplash" / "adasplash_v2.py").exists():
+            return f"not installed (there is no adasplash/adasplash_v2.py in {folder})"
+        if alpha != 1.5:
+            return "it knows alpha 1.5 only"
+    return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """An implementation with its arguments.
+
+    learned: tensors besides q, k, v that receive a gradient.
+    allowed: which keys the checked queries may see besides the causal rule, bool (heads, queries, keys).
+    """
+
+    attend: Callable[[], Tensor]
+    learned: tuple[Tensor, ...] = ()
+    allowed: Tensor | None = None
+
+
+def prepare(implementation: Implementation, q: Tensor, k: Tensor, v: Tensor, alpha: float) -> Call:
+    kind, value = implementation.kind, implementation.value
+    if kind == "adasplash":
+        return prepare_adasplash(q, k, v, alpha, learned=value == "learned")
+    if kind == "softmax":
+        from adasplash import softmax_attention
+
+        return Call(lambda: softmax_attention(q, k, v, implementation="triton"))
+    if kind == "hash_sparse":
+        return prepare_hash_sparse(q, k, v, int(value))
+    if kind == "qk_sparse":
+        return prepare_qk_sparse(q, k, v, value)
+    if kind == "flex":
+        return prepare_flex(q, k, v)
+    if kind == "fa4":
+        return prepare_fa4(q, k, v)
+    if kind == "adasplash2":
+        from adasplash import adasplash2
+
+        return Call(lambda: adasplash2(q, k, v, niter=1))
+    return prepare_torch(q, k, v, kind)
+
+
+def prepare_adasplash(q: Tensor, k: Tensor, v: Tensor, alpha: float, learned: bool) -> Call:
+    from adasplash import entmax_attention
+
+    if not learned:
+        return Call(lambda: entmax_attention(q, k, v, alpha=alpha, implementation="triton"))
+    alphas = torch.full((q.shape[1],), alpha, device=q.device, requires_grad=True)
+    return Call(lambda: entmax_attention(q, k, v, alpha=alphas, implementation="triton"), learned=(alphas,))
+
+
+def prepare_hash_sparse(q: Tensor, k: Tensor, v: Tensor, n_buckets: int) -> Call:
+    from adasplash import hash_sparse_attention
+    from adasplash.ops.reordered_attention import random_directions
+
+    directions = random_directions(q.shape[1], q.shape[-1], n_buckets, device=q.device)
+
+    def buckets(x: Tensor) -> Tensor:
+        projected = x[0, :CHECKED_HEADS].detach().double() @ directions[:CHECKED_HEADS].double()
+        return torch.cat([projected, -projected], -1).argmax(-1)
+
+    return Call(
+        lambda: hash_sparse_attention(q, k, v, directions=directions, implementation="triton"),
+        allowed=buckets(q)[:, -CHECKED_QUERIES:, None] == buckets(k)[:, None, :],
+    )
+
+
+def prepare_qk_sparse(q: Tensor, k: Tensor, v: Tensor, drop: float) -> Call:
+    from adasplash import qk_sparse_attention
+    from adasplash.ops.reordered_attention import keep_mask
+
+    masks = {"query_kept": keep_mask(q, drop), "key_kept": keep_mask(k, drop)}
+    query_kept, key_kept = (mask[0, :CHECKED_HEADS] for mask in masks.values())
+    return Call(
+        lambda: qk_sparse_attention(q, k, v, **masks, implementation="triton"),
+        allowed=query_kept[:, -CHECKED_QUERIES:, None] & key_kept[:, None, :],
+    )
+
+
+def prepare_torch(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Call:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[kind]
+
+    def attend() -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return Call(attend)
+
+
+def prepare_flex(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def causal(batch, head, query, key):
+        return query >= key
+
+    torch._dynamo.reset()  # what was compiled for other lengths counts towards a limit
+    length = q.shape[2]
+    block_mask = create_block_mask(causal, None, None, length, length, device=q.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return Call(lambda: compiled(q, k, v, block_mask=block_mask))
+
+
+def prepare_fa4(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    from flash_attn.cute import flash_attn_func
+
+    def attend() -> Tensor:
+        out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)  # (B, T, H, D)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return Call(attend)
+
+
+# ---------------------------------------------------------------------------------------------------------- correctness
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, out_gradient: Tensor, alpha: float, allowed: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Causal attention of the last queries and its gradients, in float64.
+
+    Args:
+        q, out_gradient: (heads, queries, D), of the last queries of the text; k, v: (heads, keys, D).
+        alpha: 1 is softmax, up to 2 entmax.
+        allowed: bool (heads, queries, keys), besides the causal rule; with alpha 1 only.
+    """
+    q, k, v, out_gradient = (x.detach().double() for x in (q, k, v, out_gradient))
+    queries, keys, scale = q.shape[1], k.shape[1], 1 / math.sqrt(q.shape[-1])
+    place = torch.arange(keys, device=q.device)
+    visible = place <= place[-queries:, None]
+    visible = visible if allowed is None else visible & allowed
+    scores = (scale * q @ k.mT).masked_fill(~visible, -math.inf)
+    if alpha == 1:
+        p = scores.softmax(-1).nan_to_num(0.0)  # a query that sees no key
+    else:
+        x = (alpha - 1) * scores
+        p = (x - entmax_threshold(x, alpha, steps=60)).clamp(min=0) ** (1 / (alpha - 1))
+    slope = torch.where(p > 0, p ** (2 - alpha), 0.0)
+    p_gradient = out_gradient @ v.mT
+    mean = (slope * p_gradient).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp(min=1e-300)
+    scores_gradient = slope * (p_gradient - mean)
+    return {
+        "out": p @ v,
+        "dq": scale * scores_gradient @ k,
+        "dk": scale * scores_gradient.mT @ q,
+        "dv": p.mT @ out_gradient,
+    }
+
+
+def errors(call: Call, q: Tensor, k: Tensor, v: Tensor, out_gradient: Tensor, alpha: float) -> dict[str, float]:
+    """The relative errors of the output and of the gradients, from the last queries of two heads of the first sample."""
+    heads, last = slice(CHECKED_HEADS), slice(-CHECKED_QUERIES, None)
+    from_checked = torch.zeros_like(out_gradient)
+    from_checked[0, heads, last] = out_gradient[0, heads, last]
+    out = call.attend()
+    out.backward(from_checked)
+    found = {
+        "out": out[0, heads, last],
+        "dq": q.grad[0, heads, last],
+        "dk": k.grad[0, heads],
+        "dv": v.grad[0, heads],
+    }
+    checked = (q[0, heads, last], k[0, heads], v[0, heads], out_gradient[0, heads, last])
+    expected = reference(*checked, alpha, call.allowed)
+    clear_gradients((q, k, v, *call.learned))
+    return {name: ((found[name].double() - right).norm() / right.norm()).item() for name, right in expected.items()}
+
+
+def what_is_wrong(found: dict[str, float]) -> str | None:
+    """None for errors that rounding explains; NaN is wrong."""
+    wrong = {name: error for name, error in found.items() if not error <= LARGEST_ERROR}
+    if not wrong:
+        return None
+    return f"wrong (error {', '.join(f'{error:.2g} in {name}' for name, error in wrong.items())})"
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())[:200]
+
+
+def clear_gradients(leaves: Sequence[Tensor]) -> None:
+    for leaf in leaves:
+        leaf.grad = None
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+def describe(implementation: Implementation, inputs: InputSpec, length: int, options: argparse.Namespace) -> Row:
+    """What a row says before anything is measured."""
+    return {
+        "implementation": implementation.name,
+        "inputs": inputs.name if implementation.kind in DEPENDS_ON_INPUT else "any",
+        "length": length,
+        "batch": max(1, options.tokens // length),
+        "heads": options.heads,
+        "dim": options.dim,
+        "alpha": alpha_of(implementation, options.alpha) if implementation.kind in ENTMAX else None,
+    }
+
+
+def measure(implementation: Implementation, inputs: InputSpec, length: int, options: argparse.Namespace) -> Row:
+    """One row; `problem` says why it has no times, None where it has."""
+    row, alpha = describe(implementation, inputs, length, options), alpha_of(implementation, options.alpha)
+    try:
+        q, k, v, out_gradient = make_inputs(inputs, row["batch"], options.heads, length, options.dim)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        call = prepare(implementation, q, k, v, alpha)
+        row["errors"] = errors(call, q, k, v, out_gradient, alpha)
+        row["problem"] = what_is_wrong(row["errors"])
+        if row["problem"] is None:
+            row |= measure_call(call, [*leaves, *call.learned], out_gradient, 1000 * options.seconds_per_timing)
+    except torch.OutOfMemoryError:
+        row["problem"] = "out of memory"
+    except Exception as error:  # a peer may fail in ways of its own; the others shall still be timed
+        row["problem"] = f"failed ({type(error).__name__}: {one_line(error)})"
+    finally:
+        q = k = v = out_gradient = leaves = call = None
+        torch.cuda.empty_cache()
+    return row
+
+
+def measure_call(call: Call, leaves: Sequence[Tensor], out_gradient: Tensor, milliseconds: float) -> Row:
+    """Median times and extra memory of a call that has run before."""
+    from triton.testing import do_bench
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = call.attend()
+    out.backward(out_gradient, retain_graph=True)
+    extra = torch.cuda.max_memory_allocated() - before
+    timing = {"warmup": milliseconds / 6, "rep": milliseconds, "return_mode": "median"}
+    forward = do_bench(call.attend, **timing)
+    backward = do_bench(lambda: out.backward(out_gradient, retain_graph=True), grad_to_none=leaves, **timing)
+    clear_gradients(leaves)
+    return {
+        "forward_ms": forward,
+        "backward_ms": backward,
+        "sum_ms": forward + backward,
+        "extra_mib": round(extra / 2**20),
+    }
+
+
+def measure_apart(implementation: Implementation, length: int, options: argparse.Namespace) -> list[Row]:
+    """The rows of AdaSplash-2 at one length, from a process where `adasplash` is that package."""
+    arguments = ["--worker", "--implementations", "adasplash2", "--lengths", str(length)]
+    arguments += ["--inputs", ",".join(inputs.name for inputs in options.inputs)]
+    for name in ("heads", "dim", "tokens", "alpha", "seconds_per_timing"):
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    paths = [str(options.adasplash2), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        worker = subprocess.run(
+            [sys.executable, str(Path(__file__).resolve()), *arguments],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths))},
+            cwd=elsewhere,
+            capture_output=True,
+            text=True,
+        )
+    rows = [json.loads(line) for line in worker.stdout.splitlines() if line.startswith("{")]
+    for inputs in options.inputs[len(rows) :]:
+        reason = one_line((worker.stderr.strip().splitlines() or ["no reason given"])[-1])
+        problem = f"its process ended with code {worker.returncode} ({reason})"
+        rows.append(describe(implementation, inputs, length, options) | {"problem": problem})
+    return rows
+
+
+def rows_at(length: int, implementation: Implementation, options: argparse.Namespace):
+    """Yields the rows of an implementation at one length."""
+    if implementation.kind == "adasplash2" and not options.worker:
+        yield from measure_apart(implementation, length, options)
+        return
+    for inputs in options.inputs if implementation.kind in DEPENDS_ON_INPUT else options.inputs[:1]:
+        yield measure(implementation, inputs, length, options)
+
+
+def measure_all(options: argparse.Namespace, keep: Callable[[Row], None]) -> None:
+    """Hands each row to `keep` as soon as it is complete."""
+    counted = {}
+    for length in options.lengths:
+        for implementation in options.implementations:
+            for row in rows_at(length, implementation, options):
+                key = (row["inputs"], length, alpha_of(implementation, options.alpha))
+                if implementation.kind in ENTMAX and not options.worker:
+                    if key not in counted:
+                        counted[key] = count_sparsity(*key, options)
+                    row |= counted[key]
+                keep(row)
+
+
+def count_sparsity(inputs: str, length: int, alpha: float, options: argparse.Namespace) -> Row:
+    batch = max(1, options.tokens // length)  # decides what is drawn, though only the first sample is counted
+    q, k, *_ = make_inputs(parse_input(inputs), batch, options.heads, length, options.dim)
+    return sparsity(q, k, alpha)._asdict()
+
+
+# ------------------------------------------------------------------------------------------------------------- showing
+
+
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """Adds how often each row's time goes into those of the baselines at its length: above 1 it is the faster one."""
+    sums = {(row["implementation"], row["length"]): row.get("sum_ms") for row in rows}
+    result = []
+    for row in rows:
+        ratios = {}
+        for name in BASELINES:
+            baseline = sums.get((name, row["length"]))
+            if baseline and row.get("sum_ms"):
+                ratios[f"over_{name}"] = baseline / row["sum_ms"]
+        result.append(row | ratios)
+    return result
+
+
+def table(rows: Sequence[Row]):
+    from adasplash.evaluation.tables import text_table
+
+    rows = sorted(rows, key=lambda row: row["length"])
+    always = [name for name in COLUMNS if name not in SAME]
+    return text_table("Attention, forward and backward", with_ratios(rows), COLUMNS, always)
+
+
+def colours_of(names: Sequence[str]) -> dict[str, str]:
+    """The colours of this package's pictures; what follows the colon counts where a kind is there more than once."""
+    from adasplash.evaluation.plots import attention_colours
+
+    names = list(dict.fromkeys(names))
+    kinds = [name.split(":")[0] for name in names]
+    keys = [kind if kinds.count(kind) == 1 else name for name, kind in zip(names, kinds, strict=True)]
+    colours = attention_colours(keys)
+    return {name: colours[key] for name, key in zip(names, keys, strict=True)}
+
+
+def plot(rows: Sequence[Row], path: Path) -> Path | None:
+    """A panel for each length: ms against support, and lines across for what does not depend on the input.
+
+    None without an entmax row; hash-sparse rows are not drawn, since support means nothing to them.
+    """
+    from adasplash.evaluation.plots import length_label, readable_scale
+
+    timed = [row for row in rows if row.get("sum_ms")]
+    sparse = [row for row in timed if row.get("support")]
+    dense = [row for row in timed if row["inputs"] == "any"]
+    if not sparse:
+        return None
+    from matplotlib.figure import Figure
+
+    lengths = sorted({row["length"] for row in sparse})
+    colours = colours_of([row["implementation"] for row in sparse + dense])
+    figure = Figure(figsize=(1.5 + 3.6 * len(lengths), 4.4), dpi=160, layout="constrained")
+    panels = figure.subplots(1, len(lengths), sharex=True, sharey=True, squeeze=False)[0]
+    labelled = {}
+    for axes, length in zip(panels, lengths, strict=True):
+        readable_scale(axes, "x", [row["support"] for row in sparse])
+        readable_scale(axes, "y", [row["sum_ms"] for row in sparse + dense])
+        for row in dense:
+            if row["length"] == length:
+                name = row["implementation"]
+                labelled[name] = axes.axhline(row["sum_ms"], color=colours[name], linewidth=1.3, linestyle=(0, (5, 2)))
+        for name in {row["implementation"]: None for row in sparse}:
+            own = [row for row in sparse if (row["implementation"], row["length"]) == (name, length)]
+            own.sort(key=lambda row: row["support"])
+            x, y = [row["support"] for row in own], [row["sum_ms"] for row in own]
+            (labelled[name],) = axes.plot(x, y, color=colours[name], marker="o", markersize=5, linewidth=1.3)
+        axes.set_title(f"length {length_label(length)}", loc="left", fontsize=10)
+        axes.set_xlabel("keys with weight per query")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(which="both", color="#888888", labelsize=9)
+        axes.grid(True, color="#e6e6e6", linewidth=0.8)
+    panels[0].set_ylabel("forward + backward, ms")
+    handles = {name: labelled[name] for name in colours if name in labelled}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def listed(parse: Callable) -> Callable[[str], list]:
+    """For argparse: values parted by commas, their ValueErrors as its own."""
+
+    def parse_all(text: str) -> list:
+        try:
+            return [parse(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse_all
+
+
+def parse_length(text: str) -> int:
+    if not text.isdigit() or int(text) == 0 or int(text) % 64:
+        raise ValueError(f"Expected lengths that are multiples of 64, got '{text}'.")
+    return int(text)
+
+
+def parse_alpha(text: str) -> float:
+    alpha = float(text)
+    if not 1 < alpha <= 2:
+        raise argparse.ArgumentTypeError(f"Expected 1 < alpha <= 2, got {text}.")
+    return alpha
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=listed(parse_length), default="8192,16384,65536")
+    parser.add_argument("--inputs", type=listed(parse_input), default=STANDARD_INPUTS, help="default: %(default)s")
+    parser.add_argument(
+        "--implementations",
+        type=listed(parse_implementation),
+        default=STANDARD_IMPLEMENTATIONS,
+        help="default: %(default)s",
+    )
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--dim", type=int, default=64, help="of a head")
+    parser.add_argument("--tokens", type=int, default=65536, help="the batch is tokens // length, at least 1")
+    parser.add_argument("--alpha", type=parse_alpha, default=1.5, help="of adasplash where its name has none")
+    parser.add_argument("--adasplash2", type=Path, metavar="FOLDER", help="the folder with the package of AdaSplash-2")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_attention"), help="default: %(default)s")
+    parser.add_argument("--seconds-per-timing", type=float, default=0.3)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def read_facts(arguments: Sequence[str]) -> Row:
+    import triton
+
+    try:
+        git = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit or None,
+        "command": " ".join(["bench_attention.py", *arguments]),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse_arguments(arguments)
+    if not torch.cuda.is_available():
+        print("Error: this benchmark needs an NVIDIA GPU, and torch finds none.", file=sys.stderr)
+        return 1
+    if options.worker:
+        measure_all(options, lambda row: print(json.dumps(row), flush=True))
+        return 0
+
+    from adasplash.evaluation.tables import print_tables
+
+    for implementation in list(options.implementations):
+        if reason := why_left_out(implementation, options.adasplash2, options.alpha):
+            print(f"{implementation.name} is left out: {reason}")
+            options.implementations.remove(implementation)
+    facts = read_facts(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with open(options.out / "rows.jsonl", "a") as file:
+
+        def keep(row: Row) -> None:
+            rows.append(row)
+            file.write(json.dumps(row | facts) + "\n")
+            file.flush()
+            outcome = row.get("problem") or f"{row['sum_ms']:.2f} ms"
+            print(f"{row['length']} {row['inputs']} {row['implementation']}: {outcome}", flush=True)
+
+        measure_all(options, keep)
+    if rows:
+        print_tables([table(rows)])
+    picture = plot(rows, options.out / "attention.png")
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print(f"{len(rows)} rows -> {options.out / 'rows.jsonl'}" + (f", picture {picture}" if picture else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The benchmark of attention, as far as it runs without a GPU."""
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adasplash import entmax_attention, hash_sparse_attention, qk_sparse_attention
+from adasplash.ops.reordered_attention import keep_mask, random_directions
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+try:
+    bench = argparse.Namespace(**runpy.run_path(str(SCRIPTS / "bench_attention.py")))
+    import attention_inputs
+finally:
+    sys.path.remove(str(SCRIPTS))
+
+
+def made(text, heads=2, length=256, dim=32, batch=1):
+    return attention_inputs.make_inputs(attention_inputs.parse_input(text), batch, heads, length, dim, device="cpu")
+
+
+@pytest.mark.parametrize("text", ["adasplash", "adasplash:1.25", "adasplash:learned", "hash_sparse:16", "fa4"])
+def test_implementations_are_parsed(text):
+    implementation = bench.parse_implementation(text)
+    assert implementation.name == text and text.startswith(implementation.kind)
+
+
+@pytest.mark.parametrize(
+    "text", ["fa3", "adasplash:1", "adasplash:x", "hash_sparse", "hash_sparse:3", "qk_sparse:1", "fa2:2", "softmax:"]
+)
+def test_unknown_implementations_name_the_valid_ones(text):
+    with pytest.raises(ValueError, match="Unknown implementation .*adasplash.*hash_sparse:BUCKETS.*adasplash2"):
+        bench.parse_implementation(text)
+
+
+@pytest.mark.parametrize("text", ["uniform", "scattered", "scattered:.2", "clustered:0", "clustered:x", "gaussian:1:2"])
+def test_unknown_inputs_name_the_valid_ones(text):
+    with pytest.raises(ValueError, match="Unknown input .*scattered:FRESH:A, clustered:TOPICS, gaussian"):
+        attention_inputs.parse_input(text)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--implementations", "fa3"], ["--inputs", "uniform"], ["--lengths", "100"], ["--alpha", "1"]]
+)
+def test_wrong_arguments_end_the_program(arguments, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert arguments[1] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_says_that_it_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main([]) == 1
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["scattered:.2:.8", "clustered:3", "gaussian", "gaussian:.3"])
+def test_inputs(text):
+    first, second = made(text, batch=2), made(text, batch=2)
+    assert [(tuple(x.shape), x.dtype) for x in first] == [((2, 2, 256, 32), torch.bfloat16)] * 4
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_scattered_queries_copy_from_places_that_advance_and_are_not_in_the_future():
+    places = attention_inputs.copied_places(4, 512, 0.2, torch.Generator().manual_seed(0))
+    assert places.shape == (4, 512) and (places >= 0).all() and (places <= torch.arange(512)).all()
+    advances = (places.diff(dim=1) == 1).float().mean().item()
+    assert 0.75 < advances < 0.87
+
+
+def test_sparsity_is_counted_as_by_entmax():
+    from adasplash import entmax
+
+    q, k, *_ = made("scattered:.2:.8")
+    scores = (q[0].float() @ k[0].float().mT / 32**0.5).masked_fill(~torch.ones(256, 256).tril().bool(), -1e9)
+    for alpha in (1.5, 2.0):
+        has_weight = entmax(scores, alpha) > 0
+        tiles = has_weight.unflatten(-1, (4, 64)).any(-1).unflatten(-2, (4, 64)).any(-2)
+        counted = attention_inputs.sparsity(q, k, alpha, chunk=128)
+        assert counted.density == pytest.approx(tiles.sum().item() / 20)
+        assert counted.support == pytest.approx(has_weight.sum().item() / 512, rel=2e-3)
+
+
+def calls(q, k, v):
+    """(name, alpha, call) of functions of the package, with what the benchmark says they may see."""
+    for alpha in (1.25, 1.5, 2.0):
+        yield f"alpha {alpha}", alpha, bench.Call(lambda alpha=alpha: entmax_attention(q, k, v, alpha=alpha))
+    torch.manual_seed(1)
+    directions = random_directions(2, 32, 4)
+    torch.manual_seed(1)
+    allowed = bench.prepare_hash_sparse(q, k, v, 4).allowed
+    yield "hash", 1.0, bench.Call(lambda: hash_sparse_attention(q, k, v, directions=directions), allowed=allowed)
+    torch.manual_seed(1)
+    masks = {"query_kept": keep_mask(q, 0.5), "key_kept": keep_mask(k, 0.5)}
+    torch.manual_seed(1)
+    allowed = bench.prepare_qk_sparse(q, k, v, 0.5).allowed
+    yield "qk", 1.0, bench.Call(lambda: qk_sparse_attention(q, k, v, **masks), allowed=allowed)
+    yield "fa2", 1.0, bench.Call(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def test_right_results_pass_and_wrong_ones_do_not():
+    q, k, v, out_gradient = (x.float() for x in made("scattered:.2:.8", length=384, batch=2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    for name, alpha, call in calls(q, k, v):
+        found = bench.errors(call, *leaves, out_gradient, alpha)
+        assert set(found) == {"out", "dq", "dk", "dv"} and max(found.values()) < 1e-4, name
+        assert bench.what_is_wrong(found) is None and q.grad is None
+        other_alpha = 1.75 if alpha != 1.0 else 1.5
+        found = bench.errors(call, *leaves, out_gradient, other_alpha)
+        assert "wrong (error" in bench.what_is_wrong(found), name
+    assert bench.what_is_wrong({"out": 1e-3, "dq": float("nan")}) == "wrong (error nan in dq)"
+
+
+def timed(implementation, inputs, milliseconds, **more):
+    times = {"forward_ms": milliseconds / 3, "backward_ms": milliseconds * 2 / 3, "sum_ms": milliseconds}
+    shape = {"length": 8192, "batch": 8, "heads": 12, "dim": 64, "alpha": None, "problem": None}
+    return {"implementation": implementation, "inputs": inputs, **shape, **times, "extra_mib": 100, **more}
+
+
+ROWS = [
+    timed("adasplash", "gaussian", 8.0, density=1.0, support=23.0, alpha=1.5),
+    timed("adasplash", "scattered:.2:.8", 4.0, density=0.72, support=2.9, alpha=1.5),
+    timed("fa2", "any", 12.0),
+    {"implementation": "flex", "inputs": "any", "length": 8192, "problem": "wrong (error 0.3 in dq)"},
+]
+
+
+def test_the_table_shows_ratios_and_no_time_beside_a_wrong_result():
+    table = bench.table(ROWS)
+    rows = [dict(zip(table.headings, row, strict=True)) for row in table.rows]
+    assert [row["fa2 / it"] for row in rows] == ["1.500", "3.000", "1.000", "–"]
+    assert rows[1]["density"] == "0.7200" and rows[1]["support"] == "2.900" and rows[1]["problem"] == "–"
+    assert rows[3]["problem"] == "wrong (error 0.3 in dq)" and rows[3]["fwd ms"] == rows[3]["sum ms"] == "–"
+    assert "fa4 / it" not in table.headings
+
+
+def test_the_picture_needs_an_entmax_row(tmp_path):
+    assert bench.plot(ROWS[2:], tmp_path / "attention.png") is None
+    assert bench.plot(ROWS, tmp_path / "attention.png").stat().st_size > 1000
+
+
+def test_a_peer_that_is_not_here_is_left_out_and_one_that_fails_says_so(tmp_path):
+    adasplash2 = bench.parse_implementation("adasplash2")
+    assert "--adasplash2" in bench.why_left_out(adasplash2, None, 1.5)
+    assert "no adasplash/adasplash_v2.py" in bench.why_left_out(adasplash2, tmp_path, 1.5)
+    (tmp_path / "adasplash").mkdir()
+    (tmp_path / "adasplash" / "adasplash_v2.py").write_text("")
+    assert "alpha 1.5" in bench.why_left_out(adasplash2, tmp_path, 2.0)
+    assert bench.why_left_out(adasplash2, tmp_path, 1.5) is None
+    assert bench.why_left_out(bench.parse_implementation("fa2"), None, 1.5) is None
