@@ -49,17 +49,18 @@ def gradients(transform, x: Tensor, alpha, g: Tensor, dtype=None) -> list[Tensor
     return [y.double() for y in (p.detach(), x.grad, *([alpha.grad] if isinstance(alpha, Tensor) else []))]
 
 
-def check(x: Tensor, alpha, g: Tensor | None = None):
-    """Errs against float64 at most twice what plain torch errs in the same dtype."""
-    g = torch.randn(x.shape, device=x.device).to(x.dtype) if g is None else g
+def check(x: Tensor, alpha, norm=torch.inf):
+    """Errs against float64, in this norm, at most twice what plain torch errs in the same dtype."""
+    g = torch.randn(x.shape, device=x.device).to(x.dtype)
     computed = gradients(operator.entmax_kernels, x, alpha, g)
     plain = gradients(reference, x, alpha, g)
     exact = gradients(reference, x, alpha, g, torch.float64)
     for name, ours, theirs, truth in zip(("p", "dx", "dalpha"), computed, plain, exact, strict=False):
-        error, allowed = ((y - truth).abs().max().item() for y in (ours, theirs))
+        error, allowed = (torch.linalg.vector_norm(y - truth, norm).item() for y in (ours, theirs))
         if operator.INTERPRETED and x.dtype == torch.bfloat16:  # there the interpreter cuts off instead of rounding
             allowed += truth.abs().max().item() * torch.finfo(x.dtype).eps / 2
-        assert error <= 2 * allowed + 1e-6, f"{name} errs {error:.2g}, plain torch {allowed:.2g}"
+        slack = 1e-6 * max(1.0, torch.linalg.vector_norm(truth, norm).item())
+        assert error <= 2 * allowed + slack, f"{name} errs {error:.2g}, plain torch {allowed:.2g}"
 
 
 # ----------------------------------------------------------------------------------------------- values and gradients
@@ -234,8 +235,9 @@ def test_the_public_function_compiles():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("length", [4095, 16384, 131072])
-@pytest.mark.parametrize("sharpness", [0.01, 1.0, 5.0])
+@pytest.mark.parametrize("sharpness", [1e-4, 0.01, 1.0, 5.0])
 def test_full_size(length, alpha, dtype, sharpness):
     x = (sharpness * torch.randn(20, length, device="cuda")).to(dtype)
     x[:, length // 2 :: 3] = -torch.inf
-    check(x, alpha_of(alpha, x))
+    # at the edge of a large support u has a steep slope for alpha > 1.5, and the largest error of all is a matter of luck
+    check(x, alpha_of(alpha, x), norm=2)
