@@ -1,7 +1,11 @@
-"""Small pieces that several kernels share."""
+"""Small pieces that several kernels and their operators share."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 
@@ -11,6 +15,30 @@ LINEAR = 1  # alpha = 2
 QUADRATIC = 2  # alpha = 1.5
 
 INTERPRETED = triton.knobs.runtime.interpret
+
+
+def formula_of(alpha: float | None) -> int:
+    """The kernels' formula for a known alpha; None: alpha is only known on the GPU."""
+    return {1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
+
+
+def kernel_operator(name: str) -> Callable:
+    """Decorator: registers a function that launches kernels as the torch operator `name`, which mutates nothing.
+
+    The kernels run on the GPU of the first argument, whichever GPU is current.
+    """
+
+    def register(function):
+        @functools.wraps(function)
+        def on_its_device(*args, **kwargs):
+            with torch.cuda.device_of(args[0]):
+                return function(*args, **kwargs)
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        device_types = None if INTERPRETED else "cuda"
+        return torch.library.custom_op(name, on_its_device, mutates_args=(), device_types=device_types, schema=schema)
+
+    return register
 
 
 @triton.jit

@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .jit import INTERPRETED
+from .jit import kernel_operator
 from .key_range import KeyRange
 from .reorder import Reordering
 from .tile_table import block_dim
 
-DEVICES = None if INTERPRETED else "cuda"
 CHUNK = 128  # places of one program; ranks within are found by comparing all pairs
 BUCKETS_AT_ONCE = 16
 QUERIES_AT_ONCE = 256
@@ -152,7 +151,7 @@ def rows_kernel(
 # ----------------------------------------------------------------------------------------------------- order and ranges
 
 
-@torch.library.custom_op("adasplash::hash_buckets", mutates_args=(), device_types=DEVICES)
+@kernel_operator("adasplash::hash_buckets")
 def hash_buckets(x: Tensor, directions: Tensor) -> Tensor:
     """x (B, H, T, D), directions (G, D, n_buckets / 2), one set for H / G heads -> int32 (B, H, T); see `reorder`."""
     batch, heads, length, dim = x.shape
@@ -187,7 +186,7 @@ def _order_and_counts(buckets: Tensor, n_buckets: int) -> tuple[Tensor, Tensor]:
     return order, before
 
 
-@torch.library.custom_op("adasplash::sort_by_bucket", mutates_args=(), device_types=DEVICES)
+@kernel_operator("adasplash::sort_by_bucket")
 def _sort_by_bucket(
     query_buckets: Tensor, key_buckets: Tensor, start: Tensor, stop: Tensor, n_buckets: int, seeing_buckets: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -281,13 +280,13 @@ def _restored(x: Tensor) -> Tensor:
     return x.new_empty((batch, length, heads, dim)).transpose(1, 2)
 
 
-@torch.library.custom_op("adasplash::take_rows", mutates_args=(), device_types=DEVICES)
+@kernel_operator("adasplash::take_rows")
 def take_rows(x: Tensor, order: Tensor) -> Tensor:
     """Rows of x (B, H, T, D), contiguous, in the order (B, H, T) given: a permutation of 0 .. T - 1 for each head."""
     return _copy_rows(x, order, _taken(x), restore=False)
 
 
-@torch.library.custom_op("adasplash::restore_rows", mutates_args=(), device_types=DEVICES)
+@kernel_operator("adasplash::restore_rows")
 def restore_rows(x: Tensor, order: Tensor) -> Tensor:
     """The inverse of `take_rows`; in memory (B, T, H, D)."""
     return _copy_rows(x, order, _restored(x), restore=True)

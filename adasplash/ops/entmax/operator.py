@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..jit import GENERAL, INTERPRETED, LINEAR, QUADRATIC
+from ..jit import GENERAL, formula_of, kernel_operator
 from .kernels import entmax_backward_kernel, entmax_kernel
 
 # The forward holds rows of up to this many entries in registers; longer ones, and all in the backward, are swept in memory,
@@ -24,7 +24,7 @@ def _empty_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 3), dtype=torch.float32)
 
 
-@torch.library.custom_op("adasplash::entmax", mutates_args=(), device_types=None if INTERPRETED else "cuda")
+@kernel_operator("adasplash::entmax")
 def entmax_forward(x: Tensor, alpha: Tensor, formula: int) -> tuple[Tensor, Tensor]:
     """x (R, n), bfloat16, float16 or float32, last stride 1; alpha (R,) float32; formula as in `jit`.
 
@@ -33,11 +33,10 @@ def entmax_forward(x: Tensor, alpha: Tensor, formula: int) -> tuple[Tensor, Tens
     p, threshold = _empty_outputs(x)
     rows, length = x.shape
     held = length <= LONGEST_HELD
-    with torch.cuda.device_of(x):
-        entmax_kernel[(rows,)](
-            x, alpha, p, threshold, x.stride(0), alpha.stride(0), length,
-            FORMULA=formula, HELD=held, **_block(length, LONGEST_HELD if held else SWEPT_BLOCK),
-        )  # fmt: skip
+    entmax_kernel[(rows,)](
+        x, alpha, p, threshold, x.stride(0), alpha.stride(0), length,
+        FORMULA=formula, HELD=held, **_block(length, LONGEST_HELD if held else SWEPT_BLOCK),
+    )  # fmt: skip
     return p, threshold
 
 
@@ -46,7 +45,7 @@ def _(x, alpha, formula):
     return _empty_outputs(x)
 
 
-@torch.library.custom_op("adasplash::entmax_backward", mutates_args=(), device_types=None if INTERPRETED else "cuda")
+@kernel_operator("adasplash::entmax_backward")
 def entmax_backward(
     g: Tensor, x: Tensor, alpha: Tensor, threshold: Tensor, formula: int, alpha_gradient: bool
 ) -> tuple[Tensor, Tensor]:
@@ -54,11 +53,10 @@ def entmax_backward(
     rows, length = x.shape
     dx = x.new_empty(x.shape)
     d_alpha = threshold.new_empty(rows if alpha_gradient else 0)
-    with torch.cuda.device_of(x):
-        entmax_backward_kernel[(rows,)](
-            g, x, alpha, threshold, dx, d_alpha, g.stride(0), x.stride(0), alpha.stride(0), length,
-            FORMULA=formula, ALPHA_GRADIENT=alpha_gradient, **_block(length, SWEPT_BLOCK),
-        )  # fmt: skip
+    entmax_backward_kernel[(rows,)](
+        g, x, alpha, threshold, dx, d_alpha, g.stride(0), x.stride(0), alpha.stride(0), length,
+        FORMULA=formula, ALPHA_GRADIENT=alpha_gradient, **_block(length, SWEPT_BLOCK),
+    )  # fmt: skip
     return dx, d_alpha
 
 
@@ -100,6 +98,6 @@ def entmax_kernels(x: Tensor, alpha: float | Tensor) -> Tensor:
         formula = GENERAL
         alpha = alpha.to(x.device, torch.float32).expand(*x.shape[:-1], 1).reshape(-1)
     else:
-        formula = {1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
+        formula = formula_of(alpha)
         alpha = torch.full((1,), alpha, dtype=torch.float32, device=x.device).expand(rows.shape[0])
     return entmax_forward(rows, alpha, formula)[0].view(x.shape)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..jit import entmax_weights, load_tile, newton_step, popcount, score_tile, visible_tiles
 
+SLACK = tl.constexpr(2.0**-12)
 # Turns a difference of scores into 0 or 1 with one saturating multiplication: no two scores differ by less than 2^-60.
 STEEP = tl.constexpr(2.0**60)
 
@@ -130,7 +131,8 @@ def settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M: tl.constexp
 
 @triton.jit
 def collect_kernel(
-    Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
+    Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION,
+    RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h,
     batch_heads, heads, ratio, query_length, key_length, blocks, entries, capacity,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -175,7 +177,8 @@ def collect_kernel(
         slope_alibi = 0.0
         query_position = row
         key_position = KEY_POSITION
-        # A score summed in another order differs by at most D |q| |k| 2^-23; each rise of the bound rounds once.
+        # A score summed in another order differs by at most D |q| |k| 2^-23; each rise of the bound rounds once, and the
+        # sums and powers behind the rises err by less than SLACK in z.
         wide = q.to(tl.float32)
         margin = tl.sqrt(tl.sum(wide * wide, 1)) * tl.load(KEY_NORM + b * groups + group).to(tl.float32, bitcast=True)
         if HAS_ALIBI:
@@ -183,7 +186,7 @@ def collect_kernel(
             query_position = tl.load(QUERY_POSITION + bh.to(tl.int64) * query_length + row, mask=inside, other=0)
             key_position = KEY_POSITION + (b * groups + group) * key_length
             margin = 2.0 * margin + 1.0 / z_scale  # |bias| <= |q| |k| + |score| where it matters
-        margin = (margin + 1.0 / z_scale) * ((D + 8 + last_tile - first_tile) * 2.0**-22)
+        margin = margin * ((D + 8 + last_tile - first_tile) * 2.0**-22) + 1.0 / z_scale * SLACK
 
         bound = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         slope = tl.full((BLOCK_M,), 1.0, tl.float32)

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..jit import GENERAL, INTERPRETED, LINEAR, QUADRATIC
+from ..jit import GENERAL, INTERPRETED, formula_of, kernel_operator
 from ..key_range import KeyRange
 from ..tile_table import ListShape, block_dim, entmax_tiles, list_shapes
 from .collect import collect_kernel, key_norm_kernel
@@ -26,11 +26,6 @@ KEYS_PER_QUERY = 64
 ENTRIES = 128
 # Longer columns of the transposed lists are computed as dense tiles: keys that very many queries attend to.
 LONGEST_COLUMN = 256
-
-
-def formula_of(alpha: float | None) -> int:
-    """The kernels' formula for a known alpha; None: alpha is only known on the GPU."""
-    return {1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
 
 
 def _slots(device: torch.device, warps: int) -> int:
@@ -96,7 +91,7 @@ def _blocks_in_tile_mode(in_tiles: Tensor) -> tuple[Tensor, Tensor]:
     return block_list, block_count
 
 
-@torch.library.custom_op("adasplash::entmax_attention", mutates_args=(), device_types=None if INTERPRETED else "cuda")
+@kernel_operator("adasplash::entmax_attention")
 def entmax_attention_forward(
     q: Tensor,
     k: Tensor,
@@ -162,9 +157,7 @@ def _(q, k, v, start, stop, alpha, slopes, query_position, key_position, scale, 
     return _empty_outputs(q, k, keys_per_query)
 
 
-@torch.library.custom_op(
-    "adasplash::entmax_attention_backward", mutates_args=(), device_types=None if INTERPRETED else "cuda"
-)
+@kernel_operator("adasplash::entmax_attention_backward")
 def entmax_attention_backward(
     d_out: Tensor,
     q: Tensor,
@@ -303,7 +296,7 @@ def operator_arguments(
         alpha = alpha.reshape(-1).float().expand(heads).contiguous()
     else:
         formula = formula_of(alpha)
-        alpha = torch.full((heads,), alpha, device=q.device)
+        alpha = torch.full((heads,), float(alpha), device=q.device)
     slopes = query_position = key_position = None
     if alibi_slopes is not None:
         slopes = alibi_slopes.float().reshape(-1, heads).expand(batch, heads).contiguous()

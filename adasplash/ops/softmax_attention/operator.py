@@ -6,13 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..jit import INTERPRETED
+from ..jit import kernel_operator
 from ..key_range import KeyRange
 from ..range_attention import text_positions
 from ..tile_table import Tiles, block_dim, softmax_tiles
 from .kernels import softmax_backward_columns_kernel, softmax_backward_rows_kernel, softmax_forward_kernel
-
-DEVICES = None if INTERPRETED else "cuda"
 
 
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +33,7 @@ def _constants(q: Tensor, tiles: Tiles, slopes: Tensor | None) -> dict:
     }
 
 
-@torch.library.custom_op("adasplash::softmax_attention", mutates_args=(), device_types=DEVICES)
+@kernel_operator("adasplash::softmax_attention")
 def softmax_attention_forward(
     q: Tensor,
     k: Tensor,
@@ -69,7 +67,7 @@ def _(q, k, v, start, stop, slopes, query_position, key_position, scale):
     return _empty_outputs(q)
 
 
-@torch.library.custom_op("adasplash::softmax_attention_backward", mutates_args=(), device_types=DEVICES)
+@kernel_operator("adasplash::softmax_attention_backward")
 def softmax_attention_backward(
     d_out: Tensor,
     q: Tensor,
