@@ -63,7 +63,9 @@ def attend(
         "key_positions": key_positions,
     }
     chosen = choose_implementation(implementation, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
-    if chosen == "reference" or q.shape[2] == 0 or k.shape[2] == 0 or q.shape[-1] != v.shape[-1]:
+    learned_slopes = alibi_slopes is not None and alibi_slopes.requires_grad  # the kernels have no gradient for them
+    no_kernel = learned_slopes or q.shape[2] == 0 or k.shape[2] == 0 or q.shape[-1] != v.shape[-1]
+    if chosen == "reference" or no_kernel:
         return range_attention(q, k, v, key_range, alpha=alpha, **arguments)
     if alibi_slopes is not None and query_positions is None:
         arguments["query_positions"], arguments["key_positions"] = text_positions(q, k)

@@ -22,6 +22,11 @@ def formula_of(alpha: float | None) -> int:
     return {1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
 
 
+def with_equal_strides(start: torch.Tensor, stop: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two ends of key ranges, (B, H, Tq), such that one set of strides serves both in a kernel."""
+    return (start, stop) if start.stride() == stop.stride() else (start.contiguous(), stop.contiguous())
+
+
 def kernel_operator(name: str) -> Callable:
     """Decorator: registers a function that launches kernels as the torch operator `name`, which mutates nothing.
 

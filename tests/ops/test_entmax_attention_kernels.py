@@ -142,6 +142,29 @@ def test_key_ranges(kind, road, monkeypatch):
 
 
 @pytest.mark.parametrize("road", ["lists", "tiles"])
+def test_rows_that_see_nothing_among_rows_that_see_all(road, monkeypatch):
+    """With ranges whose two ends lie in memory each in its own way."""
+    take(road, monkeypatch)
+    start = torch.zeros(2, 1, 96, dtype=torch.int32, device=DEVICE)
+    stop = torch.full((1, 96, 2), 96, dtype=torch.int32, device=DEVICE).permute(2, 0, 1)
+    stop[:, :, 5] = 0
+    stop[1, :, 70] = 0
+    out, *_ = compare(*inputs(2, 1, 1, 96, 96, 16), key_range=KeyRange(start, stop), causal=False)
+    assert (out[:, :, 5] == 0).all() and (out[1, :, 70] == 0).all()
+
+
+def test_nearly_equal_scores_in_tile_mode(monkeypatch):
+    """Differences of z far below 1: how near tau is near enough goes by them."""
+    take("tiles", monkeypatch)
+    compare(*inputs(1, 1, 1, 66, 66, 16, torch.float16, sharpness=0.01), alpha=2.0, causal=False)
+
+
+def test_gradient_of_an_alpha_near_one_in_tile_mode(monkeypatch):
+    take("tiles", monkeypatch)
+    compare(*inputs(1, 1, 1, 66, 66, 16, torch.float16), alpha=torch.tensor([1.05], device=DEVICE))
+
+
+@pytest.mark.parametrize("road", ["lists", "tiles"])
 def test_bidirectional_and_alibi(road, monkeypatch):
     take(road, monkeypatch)
     compare(*inputs(1, 1, 1, 40, 70, 16), causal=False)

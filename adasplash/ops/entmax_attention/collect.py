@@ -188,7 +188,7 @@ def collect_kernel(
             margin = 2.0 * margin + 1.0 / z_scale  # |bias| <= |q| |k| + |score| where it matters
         margin = margin * ((D + 8 + last_tile - first_tile) * 2.0**-22) + 1.0 / z_scale * SLACK
 
-        bound = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        bound = tl.where(seeing, float("-inf"), float("inf"))  # a row that sees nothing makes no entries
         slope = tl.full((BLOCK_M,), 1.0, tl.float32)
         found = tl.zeros((BLOCK_M,), tl.int32)
 

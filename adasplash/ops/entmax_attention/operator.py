@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..jit import GENERAL, INTERPRETED, formula_of, kernel_operator
+from ..jit import GENERAL, INTERPRETED, formula_of, kernel_operator, with_equal_strides
 from ..key_range import KeyRange
 from ..tile_table import ListShape, block_dim, entmax_tiles, list_shapes
 from .collect import collect_kernel, key_norm_kernel
@@ -125,6 +125,7 @@ def entmax_attention_forward(
         k, key_norm, *k.stride()[:3], groups, key_length, D=dim, BLOCK_D=block_dim(dim), ROWS=64
     )
     positions = (slopes, query_position, key_position)
+    start, stop = with_equal_strides(start, stop)
     ranges = (start.stride(0), start.stride(1))
     collect_kernel[(slots,)](
         q, k, key_norm, start, stop, alpha, *positions,
@@ -187,6 +188,7 @@ def entmax_attention_backward(
     ratio = heads // groups
     common = _common(q, k, formula, slopes)
     positions = (slopes, query_position, key_position)
+    start, stop = with_equal_strides(start, stop)
     ranges = (start.stride(0), start.stride(1))
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

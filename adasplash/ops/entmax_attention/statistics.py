@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import load_tile, score_tile, visible_tiles
+from ..jit import load_tile, score_tile, visible_tiles, with_equal_strides
 from ..key_range import KeyRange
 from ..tile_table import block_dim
 from .operator import entmax_attention_forward, operator_arguments
@@ -79,15 +79,17 @@ def count_support(
     batch, heads, query_length, dim = q.shape
     arguments = operator_arguments(q, k, k, key_range, alpha=alpha, scale=scale, **places)
     q, k, _, start, stop, alpha, slopes, query_position, key_position, *_ = arguments
+    start, stop = with_equal_strides(start, stop)
     _, _, tau, _, _, _, in_tiles, _ = entmax_attention_forward(*arguments)
     blocks = triton.cdiv(query_length, tile)
     support = torch.empty_like(tau, dtype=torch.int32)
     active = support.new_empty((batch, heads, blocks))
-    count_support_kernel[(blocks, batch * heads)](
-        q, k, start, stop, alpha, slopes, query_position, key_position, tau, support, active,
-        scale, *q.stride()[:3], *k.stride()[:3], *start.stride()[:2],
-        heads, heads // k.shape[1], query_length, k.shape[2], blocks,
-        D=dim, BLOCK_D=block_dim(dim), TILE=tile, HAS_ALIBI=slopes is not None,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        count_support_kernel[(blocks, batch * heads)](
+            q, k, start, stop, alpha, slopes, query_position, key_position, tau, support, active,
+            scale, *q.stride()[:3], *k.stride()[:3], *start.stride()[:2],
+            heads, heads // k.shape[1], query_length, k.shape[2], blocks,
+            D=dim, BLOCK_D=block_dim(dim), TILE=tile, HAS_ALIBI=slopes is not None,
+            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        )  # fmt: skip
     return support, active, in_tiles.view(batch, heads, -1).float().mean((0, 2))

@@ -69,9 +69,9 @@ def tiles_forward_kernel(
             query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
             KEY_POSITION += (b * (heads // ratio) + group) * key_length
         seeing = stop > start
-        tau = tl.where(seeing, tl.load(BOUND + at, mask=inside, other=0.0) * z_scale, 0.0)
+        tau = tl.where(seeing, tl.load(BOUND + at, mask=inside, other=0.0) * z_scale, float("inf"))
 
-        # A last step of 1e-2 leaves a few 1e-4, and the correction after it squares that.
+        # Against the mean distance from tau: a last step of 1e-2 leaves a few 1e-4, and the correction after it squares that.
         CLOSE: tl.constexpr = 1e-5 if Q.dtype.element_ty == tl.float32 else 1e-2
         steps = 0
         while steps < NEWTON_STEPS:
@@ -98,7 +98,8 @@ def tiles_forward_kernel(
                     u_sum += tl.sum(u, 1)
             step = newton_step(mass, u_sum, r, FORMULA)
             tau += step
-            steps = tl.where(largest(tl.where(seeing, tl.abs(step), 0.0)) > CLOSE, steps + 1, NEWTON_STEPS)
+            relative = tl.where(seeing, tl.abs(step) * u_sum, 0.0) / tl.where(mass > 0.0, mass, 1.0)
+            steps = tl.where(largest(relative) > CLOSE, steps + 1, NEWTON_STEPS)
 
         out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -185,6 +186,10 @@ def tiles_backward_rows_kernel(
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         p_dp = tl.zeros((BLOCK_M,), tl.float32)
         entropy_dp = tl.zeros((BLOCK_M,), tl.float32)
+        p_sum = tl.zeros((BLOCK_M,), tl.float32)
+        entropy = tl.zeros((BLOCK_M,), tl.float32)
+        u_sum = tl.zeros((BLOCK_M,), tl.float32)
+        u_dp = tl.zeros((BLOCK_M,), tl.float32)
         for part in tl.static_range(3):
             begin = first if part == 0 else (full_first if part == 1 else full_last)
             end = full_first if part == 0 else (full_last if part == 1 else last)
@@ -207,12 +212,18 @@ def tiles_backward_rows_kernel(
                 dq = tl.dot((u * dp).to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
                 if ALPHA_GRADIENT:
                     p_dp += tl.sum(p * dp, 1)
+                    p_sum += tl.sum(p, 1)
+                    entropy -= tl.sum(p * tl.log(tl.maximum(p, 1e-37)), 1)
+                    u_sum += tl.sum(u, 1)
+                    u_dp += tl.sum(u * dp, 1)
                     entropy_dp -= tl.sum(p * tl.log(tl.maximum(p, 1e-37)) * dp, 1)
         full = inside[:, None] & (d < D)[None, :]
         tl.store(DQ + like_q, (dq * scale).to(DQ.dtype.element_ty), mask=full)
         tl.store(DELTA + at, delta, mask=inside)
         if ALPHA_GRADIENT:
-            tl.store(D_ALPHA + at, p_dp * r * r + entropy_dp * r, mask=inside)
+            off = u_dp / tl.where(u_sum > 0.0, u_sum, 1.0)  # what delta lost when the mean of v was rounded
+            by_alpha = (p_dp - off * p_sum) * r * r + (entropy_dp - off * entropy) * r
+            tl.store(D_ALPHA + at, by_alpha, mask=inside)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..jit import kernel_operator
+from ..jit import kernel_operator, with_equal_strides
 from ..key_range import KeyRange
 from ..range_attention import text_positions
 from ..tile_table import Tiles, block_dim, softmax_tiles
@@ -53,6 +53,7 @@ def softmax_attention_forward(
     groups, key_length = k.shape[1:3]
     out, lse, block_range = _empty_outputs(q)
     blocks = block_range.shape[1]
+    start, stop = with_equal_strides(start, stop)
     softmax_forward_kernel[(blocks, batch * heads)](
         q, k, v, start, stop, slopes, query_position, key_position, out, lse, block_range,
         scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *start.stride()[:2],
@@ -89,6 +90,7 @@ def softmax_attention_backward(
     ratio = heads // groups
     tiles = softmax_tiles(dim, q.dtype)
     positions = (slopes, query_position, key_position)
+    start, stop = with_equal_strides(start, stop)
     ranges = start.stride()[:2]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
