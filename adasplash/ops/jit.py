@@ -15,6 +15,7 @@ LINEAR = 1  # alpha = 2
 QUADRATIC = 2  # alpha = 1.5
 
 INTERPRETED = triton.knobs.runtime.interpret
+IN_PYTHON = tl.constexpr(INTERPRETED)
 
 
 def formula_of(alpha: float | None) -> int:
@@ -84,6 +85,20 @@ def score_tile(q, k, query_position, key_position, slope, HAS_ALIBI: tl.constexp
     if HAS_ALIBI:
         raw -= slope * tl.abs(query_position[:, None] - key_position[None, :]).to(tl.float32)
     return raw
+
+
+@triton.jit
+def _maximum_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_or_nan(x, axis: tl.constexpr):
+    """tl.max over one axis, but NaN where there is one: tl.max drops it."""
+    if IN_PYTHON:  # the interpreter takes a minute for a reduction of our own
+        return tl.where(tl.max((x != x).to(tl.int32), axis) > 0, float("nan"), tl.max(x, axis))
+    else:
+        return tl.reduce(x, axis, _maximum_or_nan)
 
 
 @triton.jit

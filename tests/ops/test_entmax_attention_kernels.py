@@ -164,6 +164,24 @@ def test_gradient_of_an_alpha_near_one_in_tile_mode(monkeypatch):
     compare(*inputs(1, 1, 1, 66, 66, 16, torch.float16), alpha=torch.tensor([1.05], device=DEVICE))
 
 
+@pytest.mark.parametrize("road", ["lists", "tiles", "both"])
+def test_what_is_not_finite_shows(road, monkeypatch):
+    """NaN in a query or a key comes out as NaN wherever it is seen, and nowhere else: training has to notice it."""
+    take(road, monkeypatch)
+    q, k, v, _ = inputs(1, 2, 2, 70, 70, 16)
+    visible = resolve_key_range(q, k, KeyRange.window(70, 30, device=DEVICE), True)
+    attend = lambda: operator.entmax_attention_kernels(q, k, v, visible, alpha=1.5, scale=0.25)
+    whole = attend()
+    q[0, 0, 3, 5] = torch.nan
+    k[0, 1, 20, 2] = torch.nan
+    out = attend()
+    broken = torch.zeros(1, 2, 70, dtype=torch.bool, device=DEVICE)
+    broken[0, 0, 3] = True
+    broken[0, 1, 20:50] = True
+    assert torch.equal(out.isnan().all(-1), broken)
+    torch.testing.assert_close(out[~broken], whole[~broken])
+
+
 @pytest.mark.parametrize("road", ["lists", "tiles"])
 def test_bidirectional_and_alibi(road, monkeypatch):
     take(road, monkeypatch)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import entmax_weights, load_tile, newton_step, popcount, score_tile, visible_tiles
+from ..jit import entmax_weights, load_tile, max_or_nan, newton_step, popcount, score_tile, visible_tiles
 
 SLACK = tl.constexpr(2.0**-12)
 # Turns a difference of scores into 0 or 1 with one saturating multiplication: no two scores differ by less than 2^-60.
@@ -26,7 +26,7 @@ def key_norm_kernel(
     K, KEY_NORM, k_b, k_h, k_t, groups, key_length,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """KEY_NORM[b, g] = max |k|, zero before; positive floats are ordered as the integers of their bits are."""
+    """KEY_NORM[b, g] = max |k| over the finite keys, zero before; positive floats are ordered as the integers of their bits."""
     bg = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
@@ -35,7 +35,8 @@ def key_norm_kernel(
         at + row[:, None].to(tl.int64) * k_t + d[None, :], d[None, :] < D, row[:, None] < key_length, D == BLOCK_D
     )
     k = k.to(tl.float32)
-    norm = tl.sqrt(tl.max(tl.sum(k * k, 1), 0))
+    squares = tl.where(tl.sum(tl.abs(k), 1) < float("inf"), tl.sum(k * k, 1), 0.0)
+    norm = tl.sqrt(tl.max(squares, 0))
     tl.atomic_max(KEY_NORM + bg, norm.to(tl.int32, bitcast=True), sem="relaxed")
 
 
@@ -47,12 +48,13 @@ def raise_bound(bound, slope, tile_top, z_scale, r, FORMULA: tl.constexpr):
     tile that adds d ** r allows a rise of d ** r / (r * slope), slope being at least sum u at the bound. A maximum that
     lies more than 1 above the bound starts afresh, alone.
     """
-    p, u = entmax_weights((tile_top - bound) * z_scale, r, FORMULA)
+    p, u = entmax_weights(tl.where(tile_top > bound, (tile_top - bound) * z_scale, 0.0), r, FORMULA)
     alone = tile_top - 1.0 / z_scale
     afresh = alone > bound
     slope = tl.where(afresh, 1.0, slope + u)
     bound = tl.where(afresh, alone, bound + p / (r * z_scale * slope))
-    return bound, slope
+    # A row with a score that is not finite has no threshold: its bound is NaN from here on, and so will its output be.
+    return tl.where(tile_top < float("inf"), bound, float("nan")), slope
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def mark_tile(
     An entry of a row is 8 int32: at the even places 4 words of bits, then the tile's maximum (place 1), the tile (3).
     """
     apart = tl.reshape(raw, (BLOCK_M, HALVES, EIGHTS, 4, 2))
-    top = tl.max(tl.max(tl.max(tl.max(apart, 4), 2), 1), 1)
+    top = max_or_nan(max_or_nan(max_or_nan(max_or_nan(apart, 4), 2), 1), 1)
     hit = (top > bound - margin) & (top > float("-inf"))
     bound, slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
     limit = (bit_limit(bound, margin) * -STEEP)[:, None, None, None, None]
@@ -107,7 +109,8 @@ def settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M: tl.constexp
         for begin in range(0, most, 16):
             e = (begin + c)[None, :]
             top = entry_top(record + e * (BLOCK_M * 8), e < found[:, None])
-            p, u = entmax_weights((top - bound[:, None]) * z_scale, r, FORMULA)
+            distance = tl.where(top > bound[:, None], (top - bound[:, None]) * z_scale, 0.0)
+            p, u = entmax_weights(distance, r, FORMULA)
             mass += tl.sum(p, 1)
             u_sum += tl.sum(u, 1)
         # Where the entries alone have sum p >= 1 they are what the bound rests on from here; at it, sum u is smaller still.
@@ -264,7 +267,7 @@ def collect_kernel(
         tl.store(BLOCK_RANGE + 2 * (bh * blocks + block) + 1, tl.max(tl.where(seeing, stop, 0), 0))
         tl.store(FIRST + at, first, mask=inside)
         tl.store(COUNT + at, tl.where(fits, count, 0), mask=inside)
-        tl.store(BOUND + at, bound, mask=inside)
+        tl.store(BOUND + at, tl.where(seeing, bound, 0.0), mask=inside)
         if fits:
             place = first
             for begin in range(0, most, 4):

@@ -121,7 +121,8 @@ def rows_forward_kernel(
 
         # the threshold, relative to the largest z, from the bound that the lists were collected with
         top = tl.where(count > 0, top, 0.0)
-        tau = tl.load(BOUND + at, mask=inside, other=0.0) * ((alpha - 1.0) * scale) - top
+        bound = tl.load(BOUND + at, mask=inside, other=0.0)
+        tau = bound * ((alpha - 1.0) * scale) - top
         tau = tl.minimum(tl.maximum(tau, -1.0), -1e-6)
         steps = 0
         while steps < NEWTON_STEPS:
@@ -167,6 +168,7 @@ def rows_forward_kernel(
         mean = mean / tl.where(u_sum > 0.0, u_sum, 1.0)[:, None]
         to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
         full = inside[:, None] & (d < D)[None, :]
+        out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
         tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
         tl.store(MEAN + to, mean.to(MEAN.dtype.element_ty), mask=full)
         tl.store(TAU + at, tau, mask=inside)

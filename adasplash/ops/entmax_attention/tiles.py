@@ -69,7 +69,8 @@ def tiles_forward_kernel(
             query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
             KEY_POSITION += (b * (heads // ratio) + group) * key_length
         seeing = stop > start
-        tau = tl.where(seeing, tl.load(BOUND + at, mask=inside, other=0.0) * z_scale, float("inf"))
+        bound = tl.load(BOUND + at, mask=inside, other=0.0)
+        tau = tl.where(seeing & (bound == bound), bound * z_scale, float("inf"))
 
         # Against the mean distance from tau: a last step of 1e-2 leaves a few 1e-4, and the correction after it squares that.
         CLOSE: tl.constexpr = 1e-5 if Q.dtype.element_ty == tl.float32 else 1e-2
@@ -131,6 +132,7 @@ def tiles_forward_kernel(
         left = tl.where(seeing, (mass - 1.0) / (r * tl.where(u_sum > 0.0, u_sum, 1.0)), 0.0)
         out -= (r * left)[:, None] * mean
         mean = mean / tl.where(u_sum > 0.0, u_sum, 1.0)[:, None]
+        out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
         to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
         full = inside[:, None] & (d < D)[None, :]
         tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
