@@ -88,7 +88,7 @@ def score_tile(q, k, query_position, key_position, slope, HAS_ALIBI: tl.constexp
 
 
 @triton.jit
-def _maximum_or_nan(a, b):
+def larger_or_nan(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -98,7 +98,7 @@ def max_or_nan(x, axis: tl.constexpr):
     if IN_PYTHON:  # the interpreter takes a minute for a reduction of our own
         return tl.where(tl.max((x != x).to(tl.int32), axis) > 0, float("nan"), tl.max(x, axis))
     else:
-        return tl.reduce(x, axis, _maximum_or_nan)
+        return tl.reduce(x, axis, larger_or_nan)
 
 
 @triton.jit

@@ -52,7 +52,8 @@ def raise_bound(bound, slope, tile_top, z_scale, r, FORMULA: tl.constexpr):
     alone = tile_top - 1.0 / z_scale
     afresh = alone > bound
     slope = tl.where(afresh, 1.0, slope + u)
-    bound = tl.where(afresh, alone, bound + p / (r * z_scale * slope))
+    inverse = tl.rsqrt(r * z_scale * slope)  # of its root: cheaper than a quotient
+    bound = tl.where(afresh, alone, bound + p * (inverse * inverse))
     # A row with a score that is not finite has no threshold: its bound is NaN from here on, and so will its output be.
     return tl.where(tile_top < float("inf"), bound, float("nan")), slope
 
@@ -81,7 +82,7 @@ def mark_tile(
     """
     apart = tl.reshape(raw, (BLOCK_M, HALVES, EIGHTS, 4, 2))
     top = max_or_nan(max_or_nan(max_or_nan(max_or_nan(apart, 4), 2), 1), 1)
-    hit = (top > bound - margin) & (top > float("-inf"))
+    hit = top > bound - margin
     bound, slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
     limit = (bit_limit(bound, margin) * -STEEP)[:, None, None, None, None]
     above = tl.minimum(tl.maximum(apart * STEEP + limit, 0.0), 1.0)
@@ -135,13 +136,16 @@ def settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M: tl.constexp
 @triton.jit
 def collect_kernel(
     Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION,
-    RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
+    WORK, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h,
     batch_heads, heads, ratio, query_length, key_length, blocks, entries, capacity,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per slot of RECORDS (slots, entries, M, 8); blocks of queries by turns, the last ones first."""
+    """One program per slot of RECORDS (slots, entries, M, 8).
+
+    Programs take blocks of queries as they come free, the last ones first: WORK, 0 before, counts those that are taken.
+    """
     slot = tl.program_id(0).to(tl.int64)
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
@@ -156,7 +160,8 @@ def collect_kernel(
     RECORDS += slot * entries * (BLOCK_M * 8)
     record = RECORDS + (m * 8)[:, None]
 
-    for work in range(tl.program_id(0), blocks * batch_heads, tl.num_programs(0)):
+    work = tl.atomic_add(WORK, 1, sem="relaxed")
+    while work < blocks * batch_heads:
         block = blocks - 1 - work // batch_heads
         bh = work % batch_heads
         b = (bh // heads).to(tl.int64)
@@ -287,4 +292,5 @@ def collect_kernel(
                     tl.store(KEYS + (slab + to), column, mask=words != 0)
                     to += 1
                     words = words & (words - 1)
+        work = tl.atomic_add(WORK, 1, sem="relaxed")
         tl.debug_barrier()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..jit import GENERAL, INTERPRETED, formula_of, kernel_operator, with_equal_strides
 from ..key_range import KeyRange
-from ..tile_table import ListShape, block_dim, entmax_tiles, list_shapes
+from ..tile_table import ListShape, Tiles, block_dim, entmax_tiles, list_shapes
 from .collect import collect_kernel, key_norm_kernel
 from .lists import (
     columns_backward_kernel,
@@ -19,6 +19,11 @@ from .lists import (
     transpose_kernel,
 )
 from .tiles import list_blocks_kernel, tiles_backward_columns_kernel, tiles_backward_rows_kernel, tiles_forward_kernel
+
+try:
+    from . import collect_hopper
+except (ImportError, AttributeError):  # Gluon is young: this Triton has none, or another one
+    collect_hopper = None
 
 # Slots of a block's slab per query: blocks whose queries need more on average are computed in tile mode.
 KEYS_PER_QUERY = 64
@@ -33,6 +38,12 @@ def _slots(device: torch.device, warps: int) -> int:
     if INTERPRETED:
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count * (16 // warps)
+
+
+def _collect_kernel(k: Tensor, tiles: Tiles):
+    """The kernel that collects, and k as it takes it: on a Hopper the one for Hopper, where k can be copied by TMA."""
+    by_tma = collect_hopper.tiles_by_tma(k, tiles) if collect_hopper is not None else None
+    return (collect_kernel, k) if by_tma is None else (collect_hopper.collect_hopper_kernel, by_tma)
 
 
 def _shapes(q: Tensor, k: Tensor):
@@ -120,16 +131,17 @@ def entmax_attention_forward(
     slots = min(_slots(q.device, shape.warps), batch * heads * blocks)
     records = q.new_empty((slots, ENTRIES, shape.block_m, 8), dtype=torch.int32)
     bound = torch.empty_like(tau)
-    key_norm = q.new_zeros((batch, groups), dtype=torch.int32)
+    work, key_norm = q.new_zeros(4 + batch * groups, dtype=torch.int32).split([4, batch * groups])
     key_norm_kernel[(triton.cdiv(key_length, 64), batch * groups)](
         k, key_norm, *k.stride()[:3], groups, key_length, D=dim, BLOCK_D=block_dim(dim), ROWS=64
     )
     positions = (slopes, query_position, key_position)
     start, stop = with_equal_strides(start, stop)
     ranges = (start.stride(0), start.stride(1))
-    collect_kernel[(slots,)](
-        q, k, key_norm, start, stop, alpha, *positions,
-        records, keys, first, count, bound, in_tiles, block_range,
+    kernel, keys_in = _collect_kernel(k, shape)
+    kernel[(slots,)](
+        q, keys_in, key_norm, start, stop, alpha, *positions,
+        work, records, keys, first, count, bound, in_tiles, block_range,
         scale, *q.stride()[:3], *k.stride()[:3], *ranges,
         batch * heads, heads, ratio, query_length, key_length, blocks, ENTRIES, capacity,
         **common, **_dense(q, shape),

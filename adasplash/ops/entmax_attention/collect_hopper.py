@@ -1,0 +1,373 @@
+"""The collect kernel for Hopper, in Gluon: the walk of collect.py, with layouts chosen by hand and keys copied by TMA.
+
+In every layout here a row lies in one warp, so that values of rows change layouts without shared memory and barriers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..jit import entmax_weights, larger_or_nan, newton_step, popcount, visible_tiles
+from ..tile_table import Tiles, block_dim
+from .collect import SLACK, STEEP, bit_limit, raise_bound
+
+# Names differ between triton 3.6 and its successors.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+TOPS_AT_ONCE = gl.constexpr(16)
+ENTRIES_AT_ONCE = gl.constexpr(4)
+
+
+def tiles_by_tma(k: Tensor, tiles: Tiles) -> TensorDescriptor | None:
+    """k (B, G, Tk, D) as the kernel takes it; None where it cannot be copied so, or the GPU is not a Hopper."""
+    if not k.is_cuda or torch.cuda.get_device_capability(k.device)[0] != 9 or k.dtype == torch.float32:
+        return None
+    if k.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in k.stride()[:3]):
+        return None
+    block = [1, 1, tiles.block_n, block_dim(k.shape[-1])]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if k.dtype == torch.bfloat16 else gl.float16)
+    return TensorDescriptor.from_tensor(k, block, layout)
+
+
+@gluon.jit
+def plus(a, b):
+    return a + b
+
+
+@gluon.jit
+def running_sum(x, axis: gl.constexpr, BLOCKED: gl.constexpr):
+    """cumsum, which there is for blocked layouts only: BLOCKED is x's layout under that name."""
+    return gl.convert_layout(gl.associative_scan(gl.convert_layout(x, BLOCKED), axis, plus), x.type.layout)
+
+
+@gluon.jit
+def start_copy(K, k_tiles, ready, turn, b, group, tile, wanted):
+    """Starts to copy a key tile, if it is wanted, to the place of its turn in k_tiles (STAGES, 1, 1, N, D).
+
+    The barrier is also for what lay there: by then every warp has done with it.
+    """
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    BLOCK_N: gl.constexpr = k_tiles.shape[3]
+    BLOCK_D: gl.constexpr = k_tiles.shape[4]
+    place = turn % STAGES
+    mbarrier.expect(ready.index(place), BLOCK_N * BLOCK_D * 2, pred=wanted)
+    barrier()
+    at = [b, group, tile * BLOCK_N, 0]
+    copy_to_shared(K, at, ready.index(place), k_tiles.index(place), pred=wanted)
+
+
+@gluon.jit
+def dot_with_tile(q_tile, k_tiles, ready, turn, MMA: gl.constexpr):
+    """Raw scores (M, N) of the tile of this turn."""
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    BLOCK_M: gl.constexpr = q_tile.shape[0]
+    BLOCK_N: gl.constexpr = k_tiles.shape[3]
+    BLOCK_D: gl.constexpr = k_tiles.shape[4]
+    place = turn % STAGES
+    mbarrier.wait(ready.index(place), turn // STAGES & 1)
+    k = k_tiles.index(place).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+    nothing = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=MMA)
+    raw = warpgroup_mma(q_tile, k, nothing, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, deps=(raw,))
+
+
+@gluon.jit
+def tile_of_turn(j, left, edges, first_tile, full_last):
+    """Tiles are taken in this order: those at the left edge, at the right edge, then the full ones from the right."""
+    return gl.where(j < left, first_tile + j, gl.where(j < edges, full_last + j - left, full_last - 1 - (j - edges)))
+
+
+@gluon.jit
+def mark_tile(
+    raw, tile, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA: gl.constexpr, ROW: gl.constexpr
+):
+    """As in collect.py."""
+    BLOCK_M: gl.constexpr = raw.shape[0]
+    HALVES: gl.constexpr = 2 if raw.shape[1] == 128 else 1
+    EIGHTS: gl.constexpr = raw.shape[1] // (8 * HALVES)
+    apart = raw.reshape([BLOCK_M, HALVES, EIGHTS, 4, 2])
+    top = gl.reduce(gl.reduce(apart, 4, larger_or_nan), 2, larger_or_nan)
+    top = gl.reduce(gl.reduce(top, 1, larger_or_nan), 1, larger_or_nan)
+    top = gl.convert_layout(top, ROW, assert_trivial=True)
+    hit = top > bound - margin
+    bound, slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
+    limit = bit_limit(bound, margin) * -STEEP
+    above = gl.minimum(gl.maximum(raw * STEEP + limit[:, None], 0.0), 1.0).reshape([BLOCK_M, HALVES, EIGHTS, 4, 2])
+    of_pair: gl.constexpr = gl.SliceLayout(
+        0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, above.type.layout)))
+    )
+    pair = gl.where(gl.arange(0, 2, layout=of_pair) > 0, 2.0, 1.0)[None, None, None, None, :]
+    pairs = gl.sum(above * pair, 4)  # (M, HALVES, EIGHTS, 4)
+    of_eight: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, pairs.type.layout)))
+    value = (1 << 2 * gl.arange(0, EIGHTS, layout=of_eight)).to(gl.float32)[None, None, :, None]
+    # On top of 2^23 the low bits of a float are its integer.
+    halves = (gl.sum(pairs * value, 2) + 8388608.0).to(gl.int32, bitcast=True) & 0xFFFF  # (M, HALVES, 4)
+    of_half: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, halves.type.layout))
+    words = gl.sum(halves << (16 * gl.arange(0, HALVES, layout=of_half))[None, :, None], 1)  # (M, 4)
+    word = gl.arange(0, 4, layout=gl.SliceLayout(0, words.type.layout))[None, :]
+    top_bits = gl.convert_layout(top, gl.SliceLayout(1, words.type.layout), assert_trivial=True).to(
+        gl.int32, bitcast=True
+    )
+    record = gl.join(words, gl.where(word == 0, top_bits[:, None], tile))  # (M, 4, 2)
+    RECORD: gl.constexpr = record.type.layout
+    m = gl.arange(0, BLOCK_M, layout=ROW)
+    to = gl.where(hit & (found < entries), (found * BLOCK_M + m) * 8, -8)
+    to = gl.convert_layout(to, gl.SliceLayout(1, gl.SliceLayout(2, RECORD)), assert_trivial=True)[:, None, None]
+    word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, RECORD)))[None, :, None]
+    of_two = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, RECORD)))[None, None, :]
+    gl.store(RECORDS + (to + (2 * word + of_two)), record, mask=to >= 0)
+    return bound, slope, found + hit.to(gl.int32)
+
+
+@gluon.jit
+def entry_layout(num_warps: gl.constexpr, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr) -> gl.constexpr:
+    """Of (M, 4 entries, WIDTH): an entry in one thread."""
+    return gl.BlockedLayout([BLOCK_M // num_warps // 8, 1, WIDTH], [8, 4, 1], [num_warps, 1, 1], [2, 1, 0])
+
+
+@gluon.jit
+def settle(
+    RECORDS, bound, slope, found, margin, z_scale, r, FORMULA: gl.constexpr, ENTRY: gl.constexpr, COUNT: gl.constexpr
+):
+    """As in collect.py, and returns the number of keys in the entries kept, too. Values of rows have a slice of a (M, TOPS_AT_ONCE) layout."""
+    BLOCK_M: gl.constexpr = bound.shape[0]
+    LIST: gl.constexpr = bound.type.layout.parent
+    barrier()
+    most = gl.max(found, 0)
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LIST))[:, None]
+    c = gl.arange(0, TOPS_AT_ONCE, layout=gl.SliceLayout(0, LIST))[None, :]
+    for _ in gl.static_range(2):
+        mass = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(1, LIST))
+        u_sum = mass
+        for begin in range(0, most, TOPS_AT_ONCE):
+            e = begin + c
+            top = gl.load(RECORDS + ((e * BLOCK_M + m) * 8 + 1), mask=e < found[:, None], other=-8388608)
+            top = top.to(gl.float32, bitcast=True)
+            distance = gl.where(top > bound[:, None], (top - bound[:, None]) * z_scale, 0.0)
+            p, u = entmax_weights(distance, r, FORMULA)
+            mass += gl.sum(p, 1)
+            u_sum += gl.sum(u, 1)
+        slope = gl.where(mass >= 1.0, u_sum, slope)
+        bound += gl.maximum(newton_step(mass, u_sum, r, FORMULA), 0.0) / z_scale
+
+    # The entries that stay move up, without a barrier: an entry lies in one thread, and where it goes depends, by the
+    # running sum, on all the entries of its row that it could overwrite.
+    OF_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, ENTRY))
+    limit = gl.convert_layout(bound - margin, OF_ROW)[:, None]
+    live = gl.convert_layout(found, OF_ROW)[:, None]
+    m = gl.arange(0, BLOCK_M, layout=OF_ROW)[:, None]
+    c = gl.arange(0, ENTRIES_AT_ONCE, layout=gl.SliceLayout(0, gl.SliceLayout(2, ENTRY)))[None, :]
+    i = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, ENTRY)))[None, None, :]
+    kept = gl.zeros([BLOCK_M], gl.int32, layout=OF_ROW)
+    keys = kept
+    ahead = gl.load(RECORDS + (((c * BLOCK_M + m) * 8)[:, :, None] + i), mask=(c < live)[:, :, None], other=0)
+    for begin in range(0, most, ENTRIES_AT_ONCE):
+        content = ahead
+        e = begin + ENTRIES_AT_ONCE + c
+        ahead = gl.load(RECORDS + (((e * BLOCK_M + m) * 8)[:, :, None] + i), mask=(e < live)[:, :, None], other=0)
+        top = gl.sum(gl.where(i == 1, content, 0), 2).to(gl.float32, bitcast=True)
+        stay = (top > limit) & (begin + c < live)
+        to = kept[:, None] + running_sum(stay.to(gl.int32), 1, COUNT) - 1
+        kept += gl.sum(stay.to(gl.int32), 1)
+        bits = gl.sum(popcount(gl.where(i % 2 == 0, content, 0)), 2)
+        keys += gl.sum(gl.where(stay, bits, 0), 1)
+        gl.store(RECORDS + (((to * BLOCK_M + m) * 8)[:, :, None] + i), content, mask=stay[:, :, None])
+    barrier()
+    kept = gl.convert_layout(kept, gl.SliceLayout(1, LIST))
+    return bound, slope, kept, gl.convert_layout(keys, gl.SliceLayout(1, LIST))
+
+
+@gluon.jit
+def write_keys(RECORDS, KEYS, first, found, most, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr):
+    """Turns the bits of the entries into keys, KEYS[first[row]...]."""
+    BLOCK_M: gl.constexpr = first.shape[0]
+    OF_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, WORDS))
+    place = gl.convert_layout(first, OF_ROW)
+    found = gl.convert_layout(found, OF_ROW)[:, None]
+    m = gl.arange(0, BLOCK_M, layout=OF_ROW)[:, None]
+    c = gl.arange(0, ENTRIES_AT_ONCE, layout=gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :]
+    word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :]
+    for begin in range(0, most, ENTRIES_AT_ONCE):
+        e = begin + c
+        live = e < found
+        entry = (e * BLOCK_M + m) * 8
+        tile = gl.load(RECORDS + entry + 3, mask=live, other=0)
+        words = gl.load(RECORDS + (entry[:, :, None] + 2 * word), mask=live[:, :, None], other=0)
+        here = popcount(words)  # (M, 4 entries, 4 words)
+        in_entry = gl.sum(here, 2)
+        before = place[:, None] + running_sum(in_entry, 1, COUNT) - in_entry
+        to = before[:, :, None] + running_sum(here, 2, WORDS) - here
+        place += gl.sum(in_entry, 1)
+        in_tile = tile[:, :, None] * BLOCK_N + 2 * word
+        for _ in range(0, gl.max(gl.max(gl.max(here, 2), 1), 0)):
+            bit = popcount((words & -words) - 1)
+            column = in_tile + 64 * (bit // 16) + 8 * (bit % 16 // 2) + bit % 2
+            gl.store(KEYS + to, column, mask=words != 0)
+            to += 1
+            words = words & (words - 1)
+
+
+@gluon.jit
+def collect_hopper_kernel(
+    Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION,
+    WORK, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
+    scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h,
+    batch_heads, heads, ratio, query_length, key_length, blocks, entries, capacity,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    FORMULA: gl.constexpr, HAS_ALIBI: gl.constexpr, PRECISION: gl.constexpr, STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """As in collect.py, but K is a tensor descriptor; k_* and PRECISION are unused."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)
+    WARP_ROWS: gl.constexpr = BLOCK_M // num_warps  # 16, as wgmma deals them
+    TOPS: gl.constexpr = gl.BlockedLayout(
+        [1, TOPS_AT_ONCE * WARP_ROWS // 32], [WARP_ROWS, 32 // WARP_ROWS], [num_warps, 1], [1, 0]
+    )
+    LIST: gl.constexpr = gl.SliceLayout(1, TOPS)
+    ENTRY: gl.constexpr = gl.BlockedLayout([WARP_ROWS // 8, 1, 8], [8, 4, 1], [num_warps, 1, 1], [2, 1, 0])
+    WORDS: gl.constexpr = gl.BlockedLayout([WARP_ROWS // 8, 1, 4], [8, 4, 1], [num_warps, 1, 1], [2, 1, 0])
+    OF_ENTRY: gl.constexpr = gl.BlockedLayout([WARP_ROWS // 8, 1], [8, 4], [num_warps, 1], [1, 0])
+    QUERY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [num_warps, 1], [1, 0])
+
+    k_tiles = gl.allocate_shared_memory(K.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], K.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], K.dtype)
+    q_tile = gl.allocate_shared_memory(K.dtype, [BLOCK_M, BLOCK_D], q_layout)
+    fence_async_shared()
+
+    RECORDS += gl.program_id(0).to(gl.int64) * entries * (BLOCK_M * 8)
+    turn = 0  # tiles that this program has taken
+    work = gl.atomic_add(WORK, 1, sem="relaxed")
+    while work < blocks * batch_heads:
+        block = blocks - 1 - work // batch_heads
+        bh = work % batch_heads
+        b = bh // heads
+        h = bh % heads
+        group = h // ratio
+        groups = heads // ratio
+        row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=ROW)
+        inside = row < query_length
+        at = b.to(gl.int64) * range_b + h.to(gl.int64) * range_h + row
+        start = gl.load(START + at, mask=inside, other=0)
+        stop = gl.load(STOP + at, mask=inside, other=0)
+        seeing = stop > start
+        first_tile, full_first, full_last, last_tile = visible_tiles(start, stop, key_length, BLOCK_N)
+        left = full_first - first_tile
+        edges = left + last_tile - full_last
+        tiles = last_tile - first_tile
+        for j in gl.static_range(STAGES):
+            start_copy(
+                K, k_tiles, ready, turn + j, b, group, tile_of_turn(j, left, edges, first_tile, full_last), j < tiles
+            )
+
+        q_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, QUERY))
+        q_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, QUERY))
+        q_at = Q + b.to(gl.int64) * q_b + h.to(gl.int64) * q_h + q_row[:, None].to(gl.int64) * q_t + q_d[None, :]
+        q = gl.load(q_at, mask=(q_row < query_length)[:, None] & (q_d < D)[None, :], other=0.0)
+        q_tile.store(q)
+        fence_async_shared()
+        q = q.to(gl.float32)
+        alpha = gl.load(ALPHA + h).to(gl.float32)
+        z_scale = (alpha - 1.0) * scale
+        r = 1.0 / (alpha - 1.0)
+        margin = gl.sqrt(gl.convert_layout(gl.sum(q * q, 1), ROW))
+        margin *= gl.load(KEY_NORM + b * groups + group).to(gl.float32, bitcast=True)
+        if HAS_ALIBI:
+            alibi = gl.load(SLOPES + bh) / scale
+            query_position = gl.load(QUERY_POSITION + bh.to(gl.int64) * query_length + row, mask=inside, other=0)
+            key_position = KEY_POSITION + (b * groups + group) * key_length
+            margin = 2.0 * margin + 1.0 / z_scale
+        margin = margin * ((D + 8 + tiles) * 2.0**-22) + 1.0 / z_scale * SLACK
+
+        bound = gl.where(seeing, float("-inf"), float("inf"))  # a row that sees nothing makes no entries
+        slope = gl.full([BLOCK_M], 1.0, gl.float32, layout=ROW)
+        found = gl.zeros([BLOCK_M], gl.int32, layout=ROW)
+        keys = gl.zeros([BLOCK_M], gl.int32, layout=LIST)
+        barrier()
+
+        # Both edges, under a mask.
+        for j in range(0, edges):
+            tile = tile_of_turn(j, left, edges, first_tile, full_last)
+            raw = dot_with_tile(q_tile, k_tiles, ready, turn + j, MMA)
+            ahead = j + STAGES
+            to_copy = tile_of_turn(ahead, left, edges, first_tile, full_last)
+            start_copy(K, k_tiles, ready, turn + ahead, b, group, to_copy, ahead < tiles)
+            column = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
+            if HAS_ALIBI:
+                place = gl.load(key_position + column, mask=column < key_length, other=0)
+                raw -= alibi * gl.abs(query_position[:, None] - place[None, :]).to(gl.float32)
+            raw = gl.where((column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None]), raw, float("-inf"))
+            bound, slope, found = mark_tile(
+                raw, tile, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA, ROW
+            )
+
+        # The walk, in stretches of 32, 64, 128, ... tiles: after each the bound is tightened and the entries are thinned out.
+        begin = edges
+        stretch = 32
+        lost = 0
+        more = True
+        while more:
+            end = gl.minimum(begin + stretch, tiles)
+            for j in range(begin, end):
+                tile = full_last - 1 - (j - edges)
+                raw = dot_with_tile(q_tile, k_tiles, ready, turn + j, MMA)
+                start_copy(K, k_tiles, ready, turn + j + STAGES, b, group, tile - STAGES, j + STAGES < tiles)
+                if HAS_ALIBI:
+                    column = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
+                    place = gl.load(key_position + column)
+                    raw -= alibi * gl.abs(query_position[:, None] - place[None, :]).to(gl.float32)
+                bound, slope, found = mark_tile(
+                    raw, tile, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA, ROW
+                )
+            begin = end
+            stretch *= 2
+            more = end < tiles
+            found = gl.convert_layout(found, LIST)
+            lost = gl.maximum(lost, gl.max(found, 0) - entries)
+            bound, slope, found, keys = settle(
+                RECORDS, gl.convert_layout(bound, LIST), gl.convert_layout(slope, LIST), gl.minimum(found, entries),
+                gl.convert_layout(margin, LIST), z_scale, r, FORMULA, ENTRY, OF_ENTRY,
+            )  # fmt: skip
+            bound = gl.convert_layout(bound, ROW)
+            slope = gl.convert_layout(slope, ROW)
+            found = gl.convert_layout(found, ROW)
+        turn += tiles
+
+        # The keys of the entries left.
+        gl.store(BLOCK_RANGE + 2 * (bh * blocks + block), gl.min(gl.where(seeing, start, key_length), 0))
+        gl.store(BLOCK_RANGE + 2 * (bh * blocks + block) + 1, gl.max(gl.where(seeing, stop, 0), 0))
+        bound = gl.convert_layout(gl.where(seeing, bound, 0.0), LIST)
+        found = gl.convert_layout(gl.where(seeing, found, 0), LIST)
+        count = gl.where(found > 0, keys, 0)
+        most = gl.max(found, 0)
+        first = running_sum(count, 0, gl.BlockedLayout([1], [32], [num_warps], [0])) - count
+        fits = (gl.sum(count, 0) <= capacity) & (lost <= 0)
+        row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=LIST)
+        inside = row < query_length
+        at = bh.to(gl.int64) * query_length + row
+        gl.store(IN_TILES + bh * blocks + block, gl.where(fits, 0, 1))
+        gl.store(FIRST + at, first, mask=inside)
+        gl.store(COUNT + at, gl.where(fits, count, 0), mask=inside)
+        gl.store(BOUND + at, bound, mask=inside)
+        if fits:
+            slab = (bh.to(gl.int64) * blocks + block) * capacity
+            write_keys(RECORDS, KEYS + slab, first, found, most, BLOCK_N, WORDS, OF_ENTRY)
+        work = gl.atomic_add(WORK, 1, sem="relaxed")
+        barrier()
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(ready.index(i))
