@@ -137,6 +137,20 @@ def newton_step(mass, slope, r, FORMULA: tl.constexpr):
 
 
 @triton.jit
+def halley_step(mass, slope, support):
+    """As newton_step for alpha = 1.5, but of third order, given also the number of keys above t.
+
+    For g = sqrt(sum (z - t) ** 2): g' = -slope / g and g'' = (support - slope ** 2 / mass) / g. At most 1.4 Newton steps.
+    """
+    root = tl.sqrt(mass)
+    square = slope * slope
+    bend = 0.5 * (root - 1.0) * (support * mass - square) / tl.maximum(root, 1e-30)
+    return tl.where(
+        slope > 0.0, (root - 1.0) * root * slope / tl.maximum(square - tl.minimum(bend, 0.3 * square), 1e-30), 0.0
+    )
+
+
+@triton.jit
 def largest(x):
     """The largest of a value per row, bit for bit the same in all threads, as a condition has to be.
 

@@ -1,6 +1,8 @@
 """The collect kernel for Hopper, in Gluon: the walk of collect.py, with layouts chosen by hand and keys copied by TMA.
 
-In every layout here a row lies in one warp, so that values of rows change layouts without shared memory and barriers.
+In every layout here a row lies in one warp, so that values of rows change layouts without shared memory and barriers. And
+a block whose keys do not fit gets a second look, if that promises to help: bits are formed against the bound of the
+moment, which is loose at first, and so far more keys are marked than lie above the final bound where many do.
 """
 
 from __future__ import annotations
@@ -90,8 +92,28 @@ def tile_of_turn(j, left, edges, first_tile, full_last):
 
 
 @gluon.jit
+def start_first_copies(K, k_tiles, ready, turn, b, group, left, edges, tiles, first_tile, full_last):
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    for j in gl.static_range(STAGES):
+        tile = tile_of_turn(j, left, edges, first_tile, full_last)
+        start_copy(K, k_tiles, ready, turn + j, b, group, tile, j < tiles)
+
+
+@gluon.jit
 def mark_tile(
-    raw, tile, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA: gl.constexpr, ROW: gl.constexpr
+    raw,
+    tile,
+    raising,
+    bound,
+    slope,
+    found,
+    margin,
+    z_scale,
+    r,
+    RECORDS,
+    entries,
+    FORMULA: gl.constexpr,
+    ROW: gl.constexpr,
 ):
     """As in collect.py."""
     BLOCK_M: gl.constexpr = raw.shape[0]
@@ -102,7 +124,8 @@ def mark_tile(
     top = gl.reduce(gl.reduce(top, 1, larger_or_nan), 1, larger_or_nan)
     top = gl.convert_layout(top, ROW, assert_trivial=True)
     hit = top > bound - margin
-    bound, slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
+    raised, slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
+    bound = gl.where(raising, raised, bound)
     limit = bit_limit(bound, margin) * -STEEP
     above = gl.minimum(gl.maximum(raw * STEEP + limit[:, None], 0.0), 1.0).reshape([BLOCK_M, HALVES, EIGHTS, 4, 2])
     of_pair: gl.constexpr = gl.SliceLayout(
@@ -220,6 +243,16 @@ def write_keys(RECORDS, KEYS, first, found, most, BLOCK_N: gl.constexpr, WORDS: 
 
 
 @gluon.jit
+def may_fit(kept, tiles, rows, capacity):
+    """Whether the keys above the final bound are likely to fit, if `kept` of the rows' tiles have one or more of them.
+
+    Keys that fall into tiles at random miss a share 1 - kept / tiles of them when there are -log(1 - kept / tiles) a tile.
+    """
+    share = kept / (rows * gl.maximum(tiles, 1)).to(gl.float32)
+    return -gl.log(gl.maximum(1.0 - share, 1e-3)) * (rows * tiles) <= capacity
+
+
+@gluon.jit
 def collect_hopper_kernel(
     Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION,
     WORK, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
@@ -270,10 +303,7 @@ def collect_hopper_kernel(
         left = full_first - first_tile
         edges = left + last_tile - full_last
         tiles = last_tile - first_tile
-        for j in gl.static_range(STAGES):
-            start_copy(
-                K, k_tiles, ready, turn + j, b, group, tile_of_turn(j, left, edges, first_tile, full_last), j < tiles
-            )
+        start_first_copies(K, k_tiles, ready, turn, b, group, left, edges, tiles, first_tile, full_last)
 
         q_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, QUERY))
         q_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, QUERY))
@@ -298,55 +328,68 @@ def collect_hopper_kernel(
         slope = gl.full([BLOCK_M], 1.0, gl.float32, layout=ROW)
         found = gl.zeros([BLOCK_M], gl.int32, layout=ROW)
         keys = gl.zeros([BLOCK_M], gl.int32, layout=LIST)
+        fits = False
+        raising = True
+        looking = True
         barrier()
-
-        # Both edges, under a mask.
-        for j in range(0, edges):
-            tile = tile_of_turn(j, left, edges, first_tile, full_last)
-            raw = dot_with_tile(q_tile, k_tiles, ready, turn + j, MMA)
-            ahead = j + STAGES
-            to_copy = tile_of_turn(ahead, left, edges, first_tile, full_last)
-            start_copy(K, k_tiles, ready, turn + ahead, b, group, to_copy, ahead < tiles)
-            column = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
-            if HAS_ALIBI:
-                place = gl.load(key_position + column, mask=column < key_length, other=0)
-                raw -= alibi * gl.abs(query_position[:, None] - place[None, :]).to(gl.float32)
-            raw = gl.where((column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None]), raw, float("-inf"))
-            bound, slope, found = mark_tile(
-                raw, tile, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA, ROW
-            )
-
-        # The walk, in stretches of 32, 64, 128, ... tiles: after each the bound is tightened and the entries are thinned out.
-        begin = edges
-        stretch = 32
-        lost = 0
-        more = True
-        while more:
-            end = gl.minimum(begin + stretch, tiles)
-            for j in range(begin, end):
-                tile = full_last - 1 - (j - edges)
+        while looking:
+            found = gl.zeros([BLOCK_M], gl.int32, layout=ROW)
+            # Both edges, under a mask.
+            for j in range(0, edges):
+                tile = tile_of_turn(j, left, edges, first_tile, full_last)
                 raw = dot_with_tile(q_tile, k_tiles, ready, turn + j, MMA)
-                start_copy(K, k_tiles, ready, turn + j + STAGES, b, group, tile - STAGES, j + STAGES < tiles)
+                ahead = j + STAGES
+                to_copy = tile_of_turn(ahead, left, edges, first_tile, full_last)
+                start_copy(K, k_tiles, ready, turn + ahead, b, group, to_copy, ahead < tiles)
+                column = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
                 if HAS_ALIBI:
-                    column = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
-                    place = gl.load(key_position + column)
+                    place = gl.load(key_position + column, mask=column < key_length, other=0)
                     raw -= alibi * gl.abs(query_position[:, None] - place[None, :]).to(gl.float32)
-                bound, slope, found = mark_tile(
-                    raw, tile, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA, ROW
+                raw = gl.where(
+                    (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None]), raw, float("-inf")
                 )
-            begin = end
-            stretch *= 2
-            more = end < tiles
-            found = gl.convert_layout(found, LIST)
-            lost = gl.maximum(lost, gl.max(found, 0) - entries)
-            bound, slope, found, keys = settle(
-                RECORDS, gl.convert_layout(bound, LIST), gl.convert_layout(slope, LIST), gl.minimum(found, entries),
-                gl.convert_layout(margin, LIST), z_scale, r, FORMULA, ENTRY, OF_ENTRY,
-            )  # fmt: skip
-            bound = gl.convert_layout(bound, ROW)
-            slope = gl.convert_layout(slope, ROW)
-            found = gl.convert_layout(found, ROW)
-        turn += tiles
+                bound, slope, found = mark_tile(
+                    raw, tile, raising, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA, ROW
+                )
+
+            # The walk, in stretches of 32, 64, 128, ... tiles: after each the bound is tightened and the entries are thinned out.
+            begin = edges
+            stretch = 32
+            lost = 0
+            more = True
+            while more:
+                end = gl.minimum(begin + stretch, tiles)
+                for j in range(begin, end):
+                    tile = full_last - 1 - (j - edges)
+                    raw = dot_with_tile(q_tile, k_tiles, ready, turn + j, MMA)
+                    start_copy(K, k_tiles, ready, turn + j + STAGES, b, group, tile - STAGES, j + STAGES < tiles)
+                    if HAS_ALIBI:
+                        column = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
+                        place = gl.load(key_position + column)
+                        raw -= alibi * gl.abs(query_position[:, None] - place[None, :]).to(gl.float32)
+                    bound, slope, found = mark_tile(
+                        raw, tile, raising, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA, ROW
+                    )
+                begin = end
+                stretch *= 2
+                more = end < tiles
+                found = gl.convert_layout(found, LIST)
+                lost = gl.maximum(lost, gl.max(found, 0) - entries)
+                bound, slope, found, keys = settle(
+                    RECORDS, gl.convert_layout(bound, LIST), gl.convert_layout(slope, LIST), gl.minimum(found, entries),
+                    gl.convert_layout(margin, LIST), z_scale, r, FORMULA, ENTRY, OF_ENTRY,
+                )  # fmt: skip
+                bound = gl.convert_layout(bound, ROW)
+                slope = gl.convert_layout(slope, ROW)
+                found = gl.convert_layout(found, ROW)
+            turn += tiles
+            total = gl.sum(keys, 0)
+            fits = (total <= capacity) & (lost <= 0)
+            # What does not fit may do so in a second look, where the bits are formed against the final bound from the start.
+            again = raising & (total > capacity) & may_fit(gl.sum(found, 0), tiles, BLOCK_M, capacity)
+            raising, looking = False, again
+            if looking:
+                start_first_copies(K, k_tiles, ready, turn, b, group, left, edges, tiles, first_tile, full_last)
 
         # The keys of the entries left.
         gl.store(BLOCK_RANGE + 2 * (bh * blocks + block), gl.min(gl.where(seeing, start, key_length), 0))
@@ -356,7 +399,6 @@ def collect_hopper_kernel(
         count = gl.where(found > 0, keys, 0)
         most = gl.max(found, 0)
         first = running_sum(count, 0, gl.BlockedLayout([1], [32], [num_warps], [0])) - count
-        fits = (gl.sum(count, 0) <= capacity) & (lost <= 0)
         row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=LIST)
         inside = row < query_length
         at = bh.to(gl.int64) * query_length + row

@@ -381,8 +381,12 @@ def columns_backward_kernel(
     for begin in range(0, most, PAIRS):
         live = (begin + c)[None, :] < length[:, None]
         entry = tl.load(QUERIES + begin_at[:, None] + (begin + c)[None, :], mask=live, other=0)
-        local = entry // query_length
-        row = entry % query_length
+        if ratio == 1:  # then Triton knows it
+            local = tl.zeros_like(entry)
+            row = entry
+        else:
+            local = entry // query_length
+            row = entry % query_length
         head = (first_head % (groups * ratio) + local).to(tl.int64)
         q_at = Q + b * q_b + (head * q_h + row.to(tl.int64) * q_t)[:, :, None] + d[None, None, :]
         q = load_tile(q_at, d[None, None, :] < D, live[:, :, None], D == BLOCK_D).to(tl.float32)
@@ -391,7 +395,9 @@ def columns_backward_kernel(
         at_row = (first_head + local).to(tl.int64) * query_length + row
         tau = tl.load(TAU + at_row, mask=live, other=0.0)
         delta = tl.load(DELTA + at_row, mask=live, other=0.0)
-        alpha = tl.load(ALPHA + head, mask=live, other=1.5).to(tl.float32)
+        alpha = tl.load(ALPHA).to(tl.float32)  # of all heads
+        if FORMULA == 0:
+            alpha = tl.load(ALPHA + head, mask=live, other=1.5).to(tl.float32)
         slope = 0.0
         query_position = row
         if HAS_ALIBI:
