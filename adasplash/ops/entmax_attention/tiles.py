@@ -73,11 +73,14 @@ def tiles_forward_kernel(
         tau = tl.where(seeing & (bound == bound), bound * z_scale, float("inf"))
 
         # A step s, against the mean distance from tau, leaves about s ** 2 / 3 by Newton's method, s ** 3 / 10 by Halley's, and
-        # the correction after it squares that. Near alpha = 2, where u jumps at tau, keys between t and tau count in full for
-        # the mean of v: nearer, then.
-        close = 0.6 if FORMULA == 2 else tl.where(alpha < 1.6, 0.2, 1e-2)
+        # the correction after it squares that; but the mean of v stays as far off, and as many digits as the dtype has, it has
+        # to have. Near alpha = 2, where u jumps at tau, keys between t and tau count in full for it: nearer, then.
         if Q.dtype.element_ty == tl.float32:
             close = 1e-5
+        elif Q.dtype.element_ty == tl.float16:
+            close = 0.05 if FORMULA == 2 else 1e-2
+        else:
+            close = 0.6 if FORMULA == 2 else tl.where(alpha < 1.6, 0.2, 1e-2)
         steps = 0
         while steps < NEWTON_STEPS:
             mass = tl.zeros((BLOCK_M,), tl.float32)
