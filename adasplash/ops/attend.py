@@ -55,7 +55,10 @@ def attend(
     key_positions: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """What `range_attention` computes, arguments as there; implementation: auto | triton | reference."""
+    """What `range_attention` computes, arguments as there; implementation: auto | triton | reference.
+
+    Raises ValueError where triton is asked for and cannot run; auto then takes the reference.
+    """
     arguments = {
         "scale": scale,
         "alibi_slopes": alibi_slopes,
@@ -63,9 +66,15 @@ def attend(
         "key_positions": key_positions,
     }
     chosen = choose_implementation(implementation, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
-    learned_slopes = alibi_slopes is not None and alibi_slopes.requires_grad  # the kernels have no gradient for them
-    no_kernel = learned_slopes or q.shape[2] == 0 or k.shape[2] == 0 or q.shape[-1] != v.shape[-1]
-    if chosen == "reference" or no_kernel:
+    obstacle = None
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        obstacle = "the kernels have no gradient for ALiBi slopes"
+    elif q.shape[-1] != v.shape[-1]:
+        obstacle = f"the kernels want v with q's head dim {q.shape[-1]}, got {v.shape[-1]}"
+    if obstacle and implementation == "triton" and chosen == "triton":
+        raise ValueError(f"implementation=triton cannot run here: {obstacle}. Use implementation=auto.")
+    nothing_to_do = q.shape[2] == 0 or k.shape[2] == 0
+    if chosen == "reference" or obstacle or nothing_to_do:
         return range_attention(q, k, v, key_range, alpha=alpha, **arguments)
     if alibi_slopes is not None and query_positions is None:
         arguments["query_positions"], arguments["key_positions"] = text_positions(q, k)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adasplash.ops.range_attention as range_attention_module
 from adasplash import KeyRange, entmax_attention, hash_sparse_attention, qk_sparse_attention, softmax_attention
+from adasplash.ops import attend as attend_module
 from adasplash.ops.reorder import hash_buckets
 from adasplash.ops.reordered_attention import random_directions
 
@@ -336,3 +337,14 @@ def test_errors():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("obstacle", ["head dim", "ALiBi slopes"])
+def test_triton_is_not_silently_replaced_by_the_reference(obstacle, monkeypatch):
+    monkeypatch.setattr(attend_module, "why_no_kernels", lambda *arguments: None)  # as on a GPU
+    q = torch.randn(1, 2, 5, 16)
+    v = torch.randn(1, 2, 5, 8 if obstacle == "head dim" else 16)
+    slopes = torch.ones(2, requires_grad=True) if obstacle == "ALiBi slopes" else None
+    with pytest.raises(ValueError, match=obstacle):
+        entmax_attention(q, q, v, alibi_slopes=slopes, implementation="triton")
+    entmax_attention(q, q, v, alibi_slopes=slopes, implementation="auto")
