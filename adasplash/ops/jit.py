@@ -23,6 +23,11 @@ def formula_of(alpha: float | None) -> int:
     return {1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
 
 
+def last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x with stride 1 in its last dim, copied only if need be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def with_equal_strides(start: torch.Tensor, stop: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The two ends of key ranges, (B, H, Tq), such that one set of strides serves both in a kernel."""
     return (start, stop) if start.stride() == stop.stride() else (start.contiguous(), stop.contiguous())

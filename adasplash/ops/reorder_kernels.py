@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .jit import kernel_operator
+from .jit import kernel_operator, last_contiguous
 from .key_range import KeyRange
 from .reorder import Reordering
 from .tile_table import block_dim
@@ -155,7 +155,7 @@ def rows_kernel(
 def hash_buckets(x: Tensor, directions: Tensor) -> Tensor:
     """x (B, H, T, D), directions (G, D, n_buckets / 2), one set for H / G heads -> int32 (B, H, T); see `reorder`."""
     batch, heads, length, dim = x.shape
-    x = _last_contiguous(x)
+    x = last_contiguous(x)
     directions = directions.float().mT.contiguous()  # (G, n_buckets / 2, D)
     rows = _rows(dim)
     buckets = x.new_empty((batch, heads, length), dtype=torch.int32)
@@ -250,10 +250,6 @@ def compact_kept(query_kept: Tensor, key_kept: Tensor, key_range: KeyRange) -> R
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _rows(dim: int) -> int:
     """Rows of one program."""
     return max(1, ELEMENTS_AT_ONCE // block_dim(dim))
@@ -261,7 +257,7 @@ def _rows(dim: int) -> int:
 
 def _copy_rows(x: Tensor, order: Tensor, out: Tensor, restore: bool) -> Tensor:
     batch, heads, length, dim = x.shape
-    x = _last_contiguous(x)
+    x = last_contiguous(x)
     rows = _rows(dim)
     rows_kernel[(triton.cdiv(length, rows), batch * heads)](
         x, order.contiguous(), out, *x.stride()[:3], *out.stride()[:3],

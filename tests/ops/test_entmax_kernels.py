@@ -50,26 +50,30 @@ def gradients(transform, x: Tensor, alpha, g: Tensor, dtype=None) -> list[Tensor
     return [y.double() for y in (p.detach(), x.grad, *([alpha.grad] if isinstance(alpha, Tensor) else []))]
 
 
-def at_the_edge(x: Tensor, p: Tensor, alpha) -> Tensor:
+def at_the_edge(x: Tensor, p: Tensor, alpha, edge: float) -> Tensor:
     """Where z is so near the threshold that the rounding of a sum of the row decides: for alpha near 2, u jumps there."""
     z = (alpha - 1) * x.double()
     top, at = z.max(-1, keepdim=True)
     distance_of_top = p.double().gather(-1, at) ** (alpha - 1)
     distance = z - top + distance_of_top
-    near = distance.abs() <= 1000 * torch.finfo(torch.float32).eps * distance_of_top
+    near = distance.abs() <= edge * distance_of_top
     return near & (torch.as_tensor(alpha, device=x.device) > 1.75)
 
 
-def check(x: Tensor, alpha, norm=torch.inf):
-    """Errs against float64, in this norm, at most twice what plain torch errs in the same dtype."""
+def check(x: Tensor, alpha, norm=torch.inf, edge=0.0):
+    """Errs against float64, in this norm, at most twice what plain torch errs in the same dtype.
+
+    Entries count that are further from the threshold than a share `edge` of the distance of the largest.
+    """
     g = torch.randn(x.shape, device=x.device).to(x.dtype)
     computed = gradients(operator.entmax_kernels, x, alpha, g)
     plain = gradients(reference, x, alpha, g)
     exact = gradients(reference, x, alpha, g, torch.float64)
-    edge = at_the_edge(x, exact[0], alpha)
-    assert edge.sum() <= max(3, 1e-3 * edge.numel()), edge.sum()
-    for ours, theirs, truth in zip(computed[:2], plain[:2], exact[:2], strict=True):
-        ours[edge] = theirs[edge] = truth[edge]
+    if edge:
+        left_out = at_the_edge(x, exact[0], alpha, edge)
+        assert left_out.float().mean() < 1e-3
+        for ours, theirs, truth in zip(computed[:2], plain[:2], exact[:2], strict=True):
+            ours[left_out] = theirs[left_out] = truth[left_out]
     for name, ours, theirs, truth in zip(("p", "dx", "dalpha"), computed, plain, exact, strict=False):
         error, allowed = (torch.linalg.vector_norm(y - truth, norm).item() for y in (ours, theirs))
         if INTERPRETED and x.dtype == torch.bfloat16:  # there the interpreter cuts off instead of rounding
@@ -255,4 +259,4 @@ def test_full_size(length, alpha, dtype, sharpness):
     x = (sharpness * torch.randn(20, length, device="cuda")).to(dtype)
     x[:, length // 2 :: 3] = -torch.inf
     # near the edge of a large support u is steep for alpha > 1.5, and the largest error of all is a matter of luck, too
-    check(x, alpha_of(alpha, x), norm=2)
+    check(x, alpha_of(alpha, x), norm=2, edge=1e-4)

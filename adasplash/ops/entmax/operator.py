@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..jit import GENERAL, formula_of, kernel_operator
+from ..jit import GENERAL, formula_of, kernel_operator, last_contiguous
 from .kernels import entmax_backward_kernel, entmax_kernel
 
 # The forward holds rows of up to this many entries in registers; longer ones, and all in the backward, are swept in memory,
@@ -65,10 +65,6 @@ def _(g, x, alpha, threshold, formula, alpha_gradient):
     return x.new_empty(x.shape), threshold.new_empty(x.shape[0] if alpha_gradient else 0)
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _setup_context(ctx, inputs, output):
     x, alpha, ctx.formula = inputs
     ctx.save_for_backward(x, alpha, output[1])
@@ -79,7 +75,7 @@ def _backward(ctx, g, unused):
     if g is None:
         return None, None, None
     alpha_gradient = ctx.needs_input_grad[1]
-    dx, d_alpha = entmax_backward(_last_contiguous(g), *ctx.saved_tensors, ctx.formula, alpha_gradient)
+    dx, d_alpha = entmax_backward(last_contiguous(g), *ctx.saved_tensors, ctx.formula, alpha_gradient)
     return dx, d_alpha if alpha_gradient else None, None
 
 
@@ -93,7 +89,7 @@ def entmax_kernels(x: Tensor, alpha: float | Tensor) -> Tensor:
         x: (..., n), bfloat16, float16 or float32, on a GPU; n at least 1.
         alpha: 1 < alpha <= 2, a number or a tensor that broadcasts to x[..., :1]; a tensor receives a gradient.
     """
-    rows = _last_contiguous(x.reshape(-1, x.shape[-1]))
+    rows = last_contiguous(x.reshape(-1, x.shape[-1]))
     if isinstance(alpha, Tensor):
         formula = GENERAL
         alpha = alpha.to(x.device, torch.float32).expand(*x.shape[:-1], 1).reshape(-1)

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..jit import GENERAL, INTERPRETED, formula_of, kernel_operator, with_equal_strides
+from ..jit import GENERAL, INTERPRETED, formula_of, kernel_operator, last_contiguous, with_equal_strides
 from ..key_range import KeyRange
 from ..tile_table import ListShape, Tiles, block_dim, entmax_tiles, list_shapes
 from .collect import collect_kernel, key_norm_kernel
@@ -276,19 +276,14 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_out, *unused):
     if d_out is None:
         return (None,) * 12
-    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     alpha_gradient = ctx.needs_input_grad[5]
     dq, dk, dv, d_alpha = entmax_attention_backward(
-        d_out, *ctx.saved_tensors, ctx.scale, ctx.formula, ctx.keys_per_query, alpha_gradient
+        last_contiguous(d_out), *ctx.saved_tensors, ctx.scale, ctx.formula, ctx.keys_per_query, alpha_gradient
     )
     return dq, dk, dv, None, None, d_alpha if alpha_gradient else None, *(None,) * 6
 
 
 entmax_attention_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def operator_arguments(
@@ -307,15 +302,15 @@ def operator_arguments(
     batch, heads, _, _ = q.shape
     if isinstance(alpha, Tensor):
         formula = GENERAL
-        alpha = alpha.reshape(-1).float().expand(heads).contiguous()
+        alpha = alpha.to(q.device, torch.float32).reshape(-1).expand(heads).contiguous()
     else:
         formula = formula_of(alpha)
         alpha = torch.full((heads,), float(alpha), device=q.device)
     slopes = query_position = key_position = None
     if alibi_slopes is not None:
-        slopes = alibi_slopes.float().reshape(-1, heads).expand(batch, heads).contiguous()
+        slopes = alibi_slopes.to(q.device, torch.float32).reshape(-1, heads).expand(batch, heads).contiguous()
         query_position, key_position = query_positions.int().contiguous(), key_positions.int().contiguous()
-    tensors = [_last_contiguous(x) for x in (q, k, v, key_range.start, key_range.stop)]
+    tensors = [last_contiguous(x) for x in (q, k, v, key_range.start, key_range.stop)]
     return *tensors, alpha, slopes, query_position, key_position, scale, formula, KEYS_PER_QUERY
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..jit import kernel_operator, with_equal_strides
+from ..jit import kernel_operator, last_contiguous, with_equal_strides
 from ..key_range import KeyRange
 from ..range_attention import text_positions
 from ..tile_table import Tiles, block_dim, softmax_tiles
@@ -124,15 +124,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_out, *unused):
     if d_out is None:
         return (None,) * 9
-    dq, dk, dv = softmax_attention_backward(_last_contiguous(d_out), *ctx.saved_tensors, ctx.scale)
+    dq, dk, dv = softmax_attention_backward(last_contiguous(d_out), *ctx.saved_tensors, ctx.scale)
     return dq, dk, dv, *(None,) * 6
 
 
 softmax_attention_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def softmax_attention_kernels(
@@ -170,14 +166,14 @@ def softmax_attention_kernels(
     batch, heads, _, _ = q.shape
     slopes = None
     if alibi_slopes is not None:
-        slopes = alibi_slopes.float().reshape(-1, heads).expand(batch, heads).contiguous()
+        slopes = alibi_slopes.to(q.device, torch.float32).reshape(-1, heads).expand(batch, heads).contiguous()
         if query_positions is None:
             query_positions, key_positions = text_positions(q, k)
         query_positions = query_positions.int().contiguous()
         key_positions = key_positions.int().contiguous()
     else:
         query_positions = key_positions = None
-    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
-    start, stop = _last_contiguous(key_range.start), _last_contiguous(key_range.stop)
+    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
+    start, stop = last_contiguous(key_range.start), last_contiguous(key_range.stop)
     out, _, _ = softmax_attention_forward(q, k, v, start, stop, slopes, query_positions, key_positions, scale)
     return out
