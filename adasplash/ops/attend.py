@@ -71,7 +71,7 @@ def attend(
         obstacle = "the kernels have no gradient for ALiBi slopes"
     elif q.shape[-1] != v.shape[-1]:
         obstacle = f"the kernels want v with q's head dim {q.shape[-1]}, got {v.shape[-1]}"
-    if obstacle and implementation == "triton" and chosen == "triton":
+    if obstacle and implementation == "triton":
         raise ValueError(f"implementation=triton cannot run here: {obstacle}. Use implementation=auto.")
     nothing_to_do = q.shape[2] == 0 or k.shape[2] == 0
     if chosen == "reference" or obstacle or nothing_to_do:
