@@ -68,6 +68,13 @@ def load_tile(pointers, in_dim, in_length, FULL_DIM: tl.constexpr):
 
 
 @triton.jit
+def load_rows(X, b, h, row, inside, x_b, x_h, x_t, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows (R,) of head h of X (B, H, T, D) as (R, BLOCK_D), zeros where not inside."""
+    at = X + b * x_b + h.to(tl.int64) * x_h + row[:, None].to(tl.int64) * x_t + d[None, :]
+    return load_tile(at, d[None, :] < D, inside[:, None], D == BLOCK_D)
+
+
+@triton.jit
 def visible_tiles(start, stop, key_length, BLOCK_N: tl.constexpr):
     """Of rows with these ranges: (first, full_first, full_last, last) key tiles.
 

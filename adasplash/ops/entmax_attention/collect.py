@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import entmax_weights, load_tile, max_or_nan, newton_step, popcount, score_tile, visible_tiles
+from ..jit import entmax_weights, load_rows, load_tile, max_or_nan, newton_step, popcount, score_tile, visible_tiles
 
 SLACK = tl.constexpr(2.0**-12)
 # Turns a difference of scores into 0 or 1 with one saturating multiplication: no two scores differ by less than 2^-60.
@@ -174,8 +174,7 @@ def collect_kernel(
         seeing = stop > start
         first_tile, full_first, full_last, last_tile = visible_tiles(start, stop, key_length, BLOCK_N)
 
-        q_at = Q + b * q_b + h.to(tl.int64) * q_h + row[:, None].to(tl.int64) * q_t + d[None, :]
-        q = load_tile(q_at, d[None, :] < D, inside[:, None], D == BLOCK_D)
+        q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D)
         group = h // ratio
         k_at = K + b * k_b + group.to(tl.int64) * k_h + n[None, :].to(tl.int64) * k_t + d[:, None]
         alpha = tl.load(ALPHA + h).to(tl.float32)

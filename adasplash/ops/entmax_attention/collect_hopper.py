@@ -8,7 +8,6 @@ moment, which is loose at first, and so far more keys are marked than lie above 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,9 +24,6 @@ from ..jit import entmax_weights, larger_or_nan, newton_step, popcount, visible_
 from ..tile_table import Tiles, block_dim
 from .collect import SLACK, STEEP, bit_limit, raise_bound
 
-# Gluon is young, and Triton's compiler places barriers in it: so only with versions that this kernel has been run with.
-RUN_WITH = ("3.6.",)
-
 # Names differ between triton 3.6 and its successors.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -37,12 +33,8 @@ ENTRIES_AT_ONCE = gl.constexpr(4)
 
 
 def tiles_by_tma(k: Tensor, tiles: Tiles) -> TensorDescriptor | None:
-    """k (B, G, Tk, D) as the kernel takes it; None where it cannot be copied so, or where the kernel is not for."""
-    if not triton.__version__.startswith(RUN_WITH) or k.dtype == torch.float32:
-        return None
-    if not k.is_cuda or torch.cuda.get_device_capability(k.device)[0] != 9:
-        return None
-    if k.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in k.stride()[:3]):
+    """k (B, G, Tk, D) as the kernel takes it; None for float32, and where TMA cannot copy it."""
+    if k.dtype == torch.float32 or k.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in k.stride()[:3]):
         return None
     block = [1, 1, tiles.block_n, block_dim(k.shape[-1])]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if k.dtype == torch.bfloat16 else gl.float16)

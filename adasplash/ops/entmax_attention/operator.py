@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 import triton
 from torch import Tensor
@@ -10,25 +13,16 @@ from ..jit import GENERAL, INTERPRETED, formula_of, kernel_operator, last_contig
 from ..key_range import KeyRange
 from ..tile_table import ListShape, Tiles, block_dim, entmax_tiles, list_shapes
 from .collect import collect_kernel, key_norm_kernel
-from .lists import (
-    columns_backward_kernel,
-    lay_out_columns_kernel,
-    rows_backward_kernel,
-    rows_forward_kernel,
-    sort_columns_kernel,
-    transpose_kernel,
-)
+from .columns import columns_backward_kernel, lay_out_columns_kernel, sort_columns_kernel, transpose_kernel
+from .lists import rows_backward_kernel, rows_forward_kernel
 from .tiles import list_blocks_kernel, tiles_backward_columns_kernel, tiles_backward_rows_kernel, tiles_forward_kernel
-
-try:
-    from . import collect_hopper
-except (ImportError, AttributeError):  # Gluon is young: this Triton has none, or another one
-    collect_hopper = None
 
 # Slots of a block's slab per query: blocks whose queries need more on average are computed in tile mode.
 KEYS_PER_QUERY = 64
 # Tiles that a row may mark while it is scanned; rows that mark more go to tile mode.
 ENTRIES = 128
+# Gluon is young, and Triton's compiler places barriers in it: only with versions that the kernel for Hopper was run with.
+TRITONS_FOR_HOPPER = ("3.6.",)
 # Longer columns of the transposed lists are computed as dense tiles: keys that very many queries attend to.
 LONGEST_COLUMN = 256
 
@@ -40,10 +34,27 @@ def _slots(device: torch.device, warps: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * (16 // warps)
 
 
+@functools.cache
+def _for_hopper(device: torch.device):
+    """The module `collect_hopper` where it is for this GPU, else None; says so, once, if Triton alone stands against it."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    if not triton.__version__.startswith(TRITONS_FOR_HOPPER):
+        logging.getLogger("adasplash").warning(
+            "Entmax attention takes the kernel of all GPUs for its dense pass: the faster one for Hopper has been run with "
+            f"triton {', '.join(version + 'x' for version in TRITONS_FOR_HOPPER)} only, this is {triton.__version__}."
+        )
+        return None
+    from . import collect_hopper
+
+    return collect_hopper
+
+
 def _collect_kernel(k: Tensor, tiles: Tiles):
     """The kernel that collects, and k as it takes it: on a Hopper the one for Hopper, where k can be copied by TMA."""
-    by_tma = collect_hopper.tiles_by_tma(k, tiles) if collect_hopper is not None else None
-    return (collect_kernel, k) if by_tma is None else (collect_hopper.collect_hopper_kernel, by_tma)
+    hopper = _for_hopper(k.device)
+    by_tma = hopper.tiles_by_tma(k, tiles) if hopper else None
+    return (collect_kernel, k) if by_tma is None else (hopper.collect_hopper_kernel, by_tma)
 
 
 def _shapes(q: Tensor, k: Tensor):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import load_tile, score_tile, visible_tiles, with_equal_strides
+from ..jit import load_rows, load_tile, score_tile, visible_tiles, with_equal_strides
 from ..key_range import KeyRange
 from ..tile_table import block_dim
 from .operator import entmax_attention_forward, operator_arguments
@@ -34,8 +34,7 @@ def count_support_kernel(
     start = tl.load(START + range_at, mask=inside, other=0)
     stop = tl.load(STOP + range_at, mask=inside, other=0)
     first, _, _, last = visible_tiles(start, stop, key_length, TILE)
-    q_at = Q + b * q_b + h.to(tl.int64) * q_h + row[:, None].to(tl.int64) * q_t + d[None, :]
-    q = load_tile(q_at, d[None, :] < D, inside[:, None], D == BLOCK_D)
+    q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D)
     k_at = K + b * k_b + group * k_h + n[None, :].to(tl.int64) * k_t + d[:, None]
     z_scale = (tl.load(ALPHA + h).to(tl.float32) - 1.0) * scale
     tau = tl.load(TAU + at, mask=inside, other=0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import entmax_weights, halley_step, largest, load_tile, newton_step, score_tile, visible_tiles
+from ..jit import entmax_weights, halley_step, largest, load_rows, load_tile, newton_step, score_tile, visible_tiles
 
 NEWTON_STEPS = tl.constexpr(16)  # at most; two or three are usual
 
@@ -55,8 +55,7 @@ def tiles_forward_kernel(
         start = tl.load(START + range_at, mask=inside, other=0)
         stop = tl.load(STOP + range_at, mask=inside, other=0)
         first, full_first, full_last, last = visible_tiles(start, stop, key_length, BLOCK_N)
-        q_at = Q + b * q_b + h.to(tl.int64) * q_h + row[:, None].to(tl.int64) * q_t + d[None, :]
-        q = load_tile(q_at, d[None, :] < D, inside[:, None], D == BLOCK_D)
+        q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D)
         k_at = K + b * k_b + group * k_h + n[None, :].to(tl.int64) * k_t + d[:, None]
         v_at = V + b * v_b + group * v_h + n[:, None].to(tl.int64) * v_t + d[None, :]
         alpha = tl.load(ALPHA + h).to(tl.float32)
@@ -178,10 +177,8 @@ def tiles_backward_rows_kernel(
         start = tl.load(START + range_at, mask=inside, other=0)
         stop = tl.load(STOP + range_at, mask=inside, other=0)
         first, full_first, full_last, last = visible_tiles(start, stop, key_length, BLOCK_N)
-        q_at = Q + b * q_b + h.to(tl.int64) * q_h + row[:, None].to(tl.int64) * q_t + d[None, :]
-        q = load_tile(q_at, d[None, :] < D, inside[:, None], D == BLOCK_D)
-        o_at = D_OUT + b * o_b + h.to(tl.int64) * o_h + row[:, None].to(tl.int64) * o_t + d[None, :]
-        d_out = load_tile(o_at, d[None, :] < D, inside[:, None], D == BLOCK_D)
+        q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D)
+        d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D)
         like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
         mean = load_tile(MEAN + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
         delta = tl.sum(d_out.to(tl.float32) * mean.to(tl.float32), 1)
@@ -269,10 +266,8 @@ def tiles_backward_columns_kernel(
         m = tl.arange(0, BLOCK_M)
         in_dim = d[None, :] < D
         wide_key = key[:, None].to(tl.int64)
-        k_at = K + b * k_b + group * k_h + wide_key * k_t + d[None, :]
-        k = load_tile(k_at, in_dim, present[:, None], D == BLOCK_D)
-        v_at = V + b * v_b + group * v_h + wide_key * v_t + d[None, :]
-        v = load_tile(v_at, in_dim, present[:, None], D == BLOCK_D)
+        k = load_rows(K, b, group, key, present, k_b, k_h, k_t, d, D, BLOCK_D)
+        v = load_rows(V, b, group, key, present, v_b, v_h, v_t, d, D, BLOCK_D)
         first_key = tl.min(tl.where(present, key, key_length), 0)
         last_key = tl.max(key, 0)
         key_position = key
@@ -320,10 +315,8 @@ def tiles_backward_columns_kernel(
                 if OF_SINKS:  # rows in tile mode are not the sinks' business
                     stop = tl.where(tl.load(IN_TILES + bh * blocks + block) == 0, stop, 0)
                 at = bh.to(tl.int64) * query_length + row
-                q_at = Q + b * q_b + h * q_h + row[:, None].to(tl.int64) * q_t + d[None, :]
-                q = load_tile(q_at, in_dim, inside[:, None], D == BLOCK_D)
-                o_at = D_OUT + b * o_b + h * o_h + row[:, None].to(tl.int64) * o_t + d[None, :]
-                d_out = load_tile(o_at, in_dim, inside[:, None], D == BLOCK_D)
+                q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D)
+                d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D)
                 tau = tl.load(TAU + at, mask=inside, other=0.0)
                 delta = tl.load(DELTA + at, mask=inside, other=0.0)
                 query_position = row

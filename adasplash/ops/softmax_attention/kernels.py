@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import load_tile, score_tile, visible_tiles
+from ..jit import load_rows, load_tile, score_tile, visible_tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e)), and exp2 is what the hardware has
 LOWEST = tl.constexpr(-3.0e38)  # where a row's maximum starts: finite, since -inf - -inf is NaN
@@ -19,7 +19,7 @@ UNSEEING = tl.constexpr(float("inf"))  # kept for rows that see no key: all thei
 
 
 @triton.jit
-def load_rows(pointers, inside, outside):
+def load_per_row(pointers, inside, outside):
     """One value per row; `outside` where not inside; inside None: all rows are."""
     if inside is None:
         return tl.load(pointers)
@@ -57,8 +57,7 @@ def softmax_forward_kernel(
     tl.store(block_at + 3, tl.min(tl.where(seeing, stop, key_length), 0))
     first, full_first, full_last, last = visible_tiles(start, stop, key_length, BLOCK_N)
 
-    q_at = Q + b * q_b + h * q_h + row[:, None].to(tl.int64) * q_t + d[None, :]
-    q = load_tile(q_at, d[None, :] < D, inside[:, None], D == BLOCK_D)
+    q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D)
     k_at = K + b * k_b + group * k_h + n[None, :].to(tl.int64) * k_t + d[:, None]
     v_at = V + b * v_b + group * v_h + n[:, None].to(tl.int64) * v_t + d[None, :]
     z_scale = scale * LOG2_E
@@ -89,7 +88,7 @@ def softmax_forward_kernel(
             )
             key_position = column
             if HAS_ALIBI:
-                key_position = load_rows(KEY_POSITION + column, column < key_length if edges else None, 0)
+                key_position = load_per_row(KEY_POSITION + column, column < key_length if edges else None, 0)
             raw = score_tile(q, k, query_position, key_position, slope, HAS_ALIBI, PRECISION)  # (M, N)
             if edges:
                 visible = (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
@@ -166,7 +165,7 @@ def softmax_backward_rows_kernel(
             v = load_tile(v_at + shift * v_t, d[:, None] < D, in_length, D == BLOCK_D)
             key_position = column
             if HAS_ALIBI:
-                key_position = load_rows(KEY_POSITION + column, column < key_length if edges else None, 0)
+                key_position = load_per_row(KEY_POSITION + column, column < key_length if edges else None, 0)
             raw = score_tile(q, k, query_position, key_position, slope, HAS_ALIBI, PRECISION)
             dp = tl.dot(d_out, v, input_precision=PRECISION)
             z = raw * z_scale - lse[:, None]
@@ -233,10 +232,8 @@ def softmax_backward_columns_kernel(
     d = tl.arange(0, BLOCK_D)
     in_dim = d[None, :] < D
     wide_key = key[:, None].to(tl.int64)
-    k_at = K + b * k_b + group * k_h + wide_key * k_t + d[None, :]
-    k = load_tile(k_at, in_dim, present[:, None], D == BLOCK_D)
-    v_at = V + b * v_b + group * v_h + wide_key * v_t + d[None, :]
-    v = load_tile(v_at, in_dim, present[:, None], D == BLOCK_D)
+    k = load_rows(K, b, group, key, present, k_b, k_h, k_t, d, D, BLOCK_D)
+    v = load_rows(V, b, group, key, present, v_b, v_h, v_t, d, D, BLOCK_D)
     key_position = key
     if HAS_ALIBI:
         key_position = tl.load(KEY_POSITION + (b * groups + group) * key_length + key, mask=present, other=0)
@@ -269,11 +266,11 @@ def softmax_backward_columns_kernel(
                 q = load_tile(q_at + shift * q_t, in_dim, inside[:, None] if edges else None, D == BLOCK_D)
                 d_out = load_tile(o_at + shift * o_t, in_dim, inside[:, None] if edges else None, D == BLOCK_D)
                 at = bh * query_length + row
-                lse = load_rows(LSE + at, inside, UNSEEING)
-                delta = load_rows(DELTA + at, inside, 0.0)
+                lse = load_per_row(LSE + at, inside, UNSEEING)
+                delta = load_per_row(DELTA + at, inside, 0.0)
                 query_position = row
                 if HAS_ALIBI:
-                    query_position = load_rows(QUERY_POSITION + at, inside, 0)
+                    query_position = load_per_row(QUERY_POSITION + at, inside, 0)
                 raw = score_tile(k, tl.trans(q), key_position, query_position, slope, HAS_ALIBI, PRECISION)
                 z = raw * z_scale - lse[None, :]
                 if edges:
