@@ -16,6 +16,8 @@ sys.path.insert(0, str(SCRIPTS))
 try:
     bench = argparse.Namespace(**runpy.run_path(str(SCRIPTS / "bench_attention.py")))
     import attention_inputs
+    import attention_peers
+    from attention_peers import Call
 finally:
     sys.path.remove(str(SCRIPTS))
 
@@ -26,7 +28,7 @@ def made(text, heads=2, length=256, dim=32, batch=1):
 
 @pytest.mark.parametrize("text", ["adasplash", "adasplash:1.25", "adasplash:learned", "hash_sparse:16", "fa4"])
 def test_implementations_are_parsed(text):
-    implementation = bench.parse_implementation(text)
+    implementation = attention_peers.parse_implementation(text)
     assert implementation.name == text and text.startswith(implementation.kind)
 
 
@@ -35,7 +37,7 @@ def test_implementations_are_parsed(text):
 )
 def test_unknown_implementations_name_the_valid_ones(text):
     with pytest.raises(ValueError, match="Unknown implementation .*adasplash.*hash_sparse:BUCKETS.*adasplash2"):
-        bench.parse_implementation(text)
+        attention_peers.parse_implementation(text)
 
 
 @pytest.mark.parametrize("text", ["uniform", "scattered", "scattered:.2", "clustered:0", "clustered:x", "gaussian:1:2"])
@@ -89,18 +91,18 @@ def test_sparsity_is_counted_as_by_entmax():
 def calls(q, k, v):
     """(name, alpha, call) of functions of the package, with what the benchmark says they may see."""
     for alpha in (1.25, 1.5, 2.0):
-        yield f"alpha {alpha}", alpha, bench.Call(lambda alpha=alpha: entmax_attention(q, k, v, alpha=alpha))
+        yield f"alpha {alpha}", alpha, Call(lambda alpha=alpha: entmax_attention(q, k, v, alpha=alpha))
     torch.manual_seed(1)
     directions = random_directions(2, 32, 4)
     torch.manual_seed(1)
-    allowed = bench.prepare_hash_sparse(q, k, v, 4).allowed
-    yield "hash", 1.0, bench.Call(lambda: hash_sparse_attention(q, k, v, directions=directions), allowed=allowed)
+    allowed = attention_peers.prepare_hash_sparse(q, k, v, 4).allowed
+    yield "hash", 1.0, Call(lambda: hash_sparse_attention(q, k, v, directions=directions), allowed=allowed)
     torch.manual_seed(1)
     masks = {"query_kept": keep_mask(q, 0.5), "key_kept": keep_mask(k, 0.5)}
     torch.manual_seed(1)
-    allowed = bench.prepare_qk_sparse(q, k, v, 0.5).allowed
-    yield "qk", 1.0, bench.Call(lambda: qk_sparse_attention(q, k, v, **masks), allowed=allowed)
-    yield "fa2", 1.0, bench.Call(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    allowed = attention_peers.prepare_qk_sparse(q, k, v, 0.5).allowed
+    yield "qk", 1.0, Call(lambda: qk_sparse_attention(q, k, v, **masks), allowed=allowed)
+    yield "fa2", 1.0, Call(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 def test_right_results_pass_and_wrong_ones_do_not():
@@ -145,11 +147,11 @@ def test_the_picture_needs_an_entmax_row(tmp_path):
 
 
 def test_a_peer_that_is_not_here_is_left_out_and_one_that_fails_says_so(tmp_path):
-    adasplash2 = bench.parse_implementation("adasplash2")
-    assert "--adasplash2" in bench.why_left_out(adasplash2, None, 1.5)
-    assert "no adasplash/adasplash_v2.py" in bench.why_left_out(adasplash2, tmp_path, 1.5)
+    adasplash2 = attention_peers.parse_implementation("adasplash2")
+    assert "--adasplash2" in attention_peers.why_left_out(adasplash2, None, 1.5)
+    assert "no adasplash/adasplash_v2.py" in attention_peers.why_left_out(adasplash2, tmp_path, 1.5)
     (tmp_path / "adasplash").mkdir()
     (tmp_path / "adasplash" / "adasplash_v2.py").write_text("")
-    assert "alpha 1.5" in bench.why_left_out(adasplash2, tmp_path, 2.0)
-    assert bench.why_left_out(adasplash2, tmp_path, 1.5) is None
-    assert bench.why_left_out(bench.parse_implementation("fa2"), None, 1.5) is None
+    assert "alpha 1.5" in attention_peers.why_left_out(adasplash2, tmp_path, 2.0)
+    assert attention_peers.why_left_out(adasplash2, tmp_path, 1.5) is None
+    assert attention_peers.why_left_out(attention_peers.parse_implementation("fa2"), None, 1.5) is None
