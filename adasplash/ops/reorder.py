@@ -19,14 +19,18 @@ from .key_range import KeyRange
 class Reordering(NamedTuple):
     """A new order of queries and keys, and the ranges that hold in it.
 
-    query_order: (B, H, Tq), the place in the text of each query in its new order; key_order: (B, G, Tk) likewise. Both
-    int64 from torch, int32 from the kernels.
+    query_order: (B, H, Tq), the place in the text of each query in its new order; key_order: (B, G, Tk) likewise.
     key_range: (B, H, Tq), ranges of new key places, for the queries in their new order.
+    query_count, key_count: (B, H) and (B, G), how many of them, all in front, may see or be seen.
+
+    Orders and counts are int64 from torch, int32 from the kernels.
     """
 
     query_order: Tensor
     key_order: Tensor
     key_range: KeyRange
+    query_count: Tensor
+    key_count: Tensor
 
 
 def take_rows(x: Tensor, order: Tensor) -> Tensor:
@@ -37,6 +41,17 @@ def take_rows(x: Tensor, order: Tensor) -> Tensor:
 def restore_rows(x: Tensor, order: Tensor) -> Tensor:
     """The inverse of `take_rows`."""
     return torch.empty_like(x).scatter(2, order.long()[..., None].expand_as(x), x)
+
+
+def reorder_inputs(q: Tensor, k: Tensor, v: Tensor, reordering: Reordering) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, H, Tq, D), k and v (B, G, Tk, D) in their new order."""
+    key_order = reordering.key_order
+    return take_rows(q, reordering.query_order), take_rows(k, key_order), take_rows(v, key_order)
+
+
+def restore_output(out: Tensor, reordering: Reordering) -> Tensor:
+    """Output (B, H, Tq, D) of queries in their new order, in the order of the text."""
+    return restore_rows(out, reordering.query_order)
 
 
 def hash_buckets(x: Tensor, directions: Tensor) -> Tensor:
@@ -64,7 +79,11 @@ def sort_by_bucket(query_buckets: Tensor, key_buckets: Tensor, key_range: KeyRan
         wanted = query_buckets * (key_length + 1) + text_place.clamp(0, key_length)
         return torch.searchsorted(sorted_keys, wanted.gather(-1, query_order))
 
-    return Reordering(query_order, key_order, KeyRange(new_place(key_range.start), new_place(key_range.stop)))
+    def whole(order: Tensor) -> Tensor:
+        return order.new_full(order.shape[:2], order.shape[2])
+
+    new_range = KeyRange(new_place(key_range.start), new_place(key_range.stop))
+    return Reordering(query_order, key_order, new_range, whole(query_order), whole(key_order))
 
 
 def sort_by_hash(q: Tensor, k: Tensor, directions: Tensor, key_range: KeyRange) -> Reordering:
@@ -92,4 +111,5 @@ def compact_kept(query_kept: Tensor, key_kept: Tensor, key_range: KeyRange) -> R
 
     start, stop = new_place(key_range.start), new_place(key_range.stop)
     stop = torch.where(query_kept, stop, start)
-    return Reordering(query_order, key_order, KeyRange(start.gather(-1, query_order), stop.gather(-1, query_order)))
+    new_range = KeyRange(start.gather(-1, query_order), stop.gather(-1, query_order))
+    return Reordering(query_order, key_order, new_range, query_kept.sum(-1), key_kept.sum(-1))

@@ -25,20 +25,20 @@ def _steps(q: Tensor, k: Tensor, implementation: str):
 
 def _attend_reordered(q, k, v, reordering: Reordering, *, alpha, scale, alibi_slopes, implementation) -> Tensor:
     steps = _steps(q, k, implementation)
-    query_length, key_length = q.shape[2], k.shape[2]
+    positions = {}
+    if alibi_slopes is not None:  # nothing else asks where in the text a query or key stands
+        positions["query_positions"] = reordering.query_order + (k.shape[2] - q.shape[2])
+        positions["key_positions"] = reordering.key_order
     out = attend(
-        steps.take_rows(q, reordering.query_order),
-        steps.take_rows(k, reordering.key_order),
-        steps.take_rows(v, reordering.key_order),
+        *steps.reorder_inputs(q, k, v, reordering),
         reordering.key_range,
         alpha=alpha,
         scale=scale,
         alibi_slopes=alibi_slopes,
-        query_positions=reordering.query_order + (key_length - query_length),
-        key_positions=reordering.key_order,
         implementation=implementation,
+        **positions,
     )
-    return steps.restore_rows(out, reordering.query_order)
+    return steps.restore_output(out, reordering)
 
 
 def random_directions(heads: int, dim: int, n_buckets: int, *, device=None) -> Tensor:

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from adasplash import KeyRange
-from adasplash.ops.reorder import compact_kept, hash_buckets, restore_rows, sort_by_bucket, take_rows
+from adasplash.ops.reorder import (
+    compact_kept,
+    hash_buckets,
+    reorder_inputs,
+    restore_output,
+    restore_rows,
+    sort_by_bucket,
+    take_rows,
+)
 from adasplash.ops.reordered_attention import keep_mask, random_directions
 
 # B, H, G, Tq, Tk
@@ -42,6 +50,7 @@ def test_sort_by_bucket(shape, n_buckets):
     same_bucket = query_buckets[..., None] == key_buckets.repeat_interleave(heads // groups, 1)[..., None, :]
     expected = key_range.dense_mask(key_length) & same_bucket
     assert torch.equal(mask_in_text_order(reordering, key_length, heads // groups), expected)
+    assert (reordering.query_count == query_length).all() and (reordering.key_count == key_length).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -56,8 +65,11 @@ def test_compact_kept(shape, share):
     both = query_kept[..., None] & key_kept.repeat_interleave(heads // groups, 1)[..., None, :]
     expected = key_range.dense_mask(key_length) & both
     assert torch.equal(mask_in_text_order(reordering, key_length, heads // groups), expected)
-    kept_in_new_order = query_kept.gather(-1, reordering.query_order)
-    assert torch.equal(kept_in_new_order, kept_in_new_order.sort(-1, descending=True).values)  # kept ones in front
+    for kept, order, count in (
+        (query_kept, reordering.query_order, reordering.query_count),
+        (key_kept, reordering.key_order, reordering.key_count),
+    ):  # kept ones in front
+        assert torch.equal(kept.gather(-1, order), torch.arange(kept.shape[-1]) < count[..., None])
 
 
 def test_text_order_is_kept_within_a_bucket():
@@ -87,6 +99,17 @@ def test_take_and_restore_are_inverse_and_differentiable():
     weight = torch.randn_like(x)
     (restored * weight).sum().backward()
     assert torch.equal(x.grad, weight)
+
+
+def test_inputs_and_output_follow_their_orders():
+    q, k, v = torch.randn(2, 4, 65, 8), torch.randn(2, 2, 63, 8), torch.randn(2, 2, 63, 5)
+    reordering = sort_by_bucket(
+        torch.randint(0, 3, (2, 4, 65)), torch.randint(0, 3, (2, 2, 63)), KeyRange.causal(65, 63).expand(2, 4)
+    )
+    taken, *keys_and_values = reorder_inputs(q, k, v, reordering)
+    assert torch.equal(restore_output(taken, reordering), q)
+    for x, x_taken in zip((k, v), keys_and_values, strict=True):
+        assert torch.equal(x_taken, take_rows(x, reordering.key_order))
 
 
 def test_hash_buckets_are_angular():
