@@ -91,6 +91,65 @@ def visible_tiles(start, stop, key_length, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def load_per_row(pointers, inside, outside):
+    """One value per row; `outside` where not inside; inside None: all rows are."""
+    if inside is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=inside, other=outside)
+
+
+@triton.jit
+def store_block_range(BLOCK_RANGE, block, start, stop, key_length):
+    """BLOCK_RANGE[block] of 4 int32: first key and end of what some row of the block sees, then of what all of them see.
+
+    Rows that see nothing do not count.
+    """
+    seeing = stop > start
+    at = BLOCK_RANGE + block * 4
+    tl.store(at, tl.min(tl.where(seeing, start, key_length), 0))
+    tl.store(at + 1, tl.max(tl.where(seeing, stop, 0), 0))
+    tl.store(at + 2, tl.max(tl.where(seeing, start, 0), 0))
+    tl.store(at + 3, tl.min(tl.where(seeing, stop, key_length), 0))
+
+
+@triton.jit
+def seeing_blocks(BLOCK_RANGE, BLOCKS, todo, whole_blocks, first_key, end_key):
+    """Of `todo` query blocks, those that see any of the keys [first_key, end_key): (lo, full_lo, full_hi, hi, full_block).
+
+    BLOCKS: their numbers, ascending; None: 0, 1, ... Places in it from lo to hi hold the blocks that see some of the keys,
+    from full_lo to full_hi a run of consecutive blocks, from full_block on, of which all rows see all of them. A block past
+    whole_blocks has not all of its rows. Ranges that move on with the queries have one such run; of others the first is taken.
+    """
+    lo = todo
+    hi = 0
+    full_lo = todo
+    full_hi = todo
+    ahead = 0  # of a block in the run, how many blocks before it are not listed
+    for begin in range(0, todo, 128):
+        index = begin + tl.arange(0, 128)
+        here = index < todo
+        block = index
+        if BLOCKS is not None:
+            block = tl.load(BLOCKS + index, mask=here, other=0)
+        at = BLOCK_RANGE + block * 4
+        live = here & (tl.load(at, mask=here, other=0) < end_key)
+        live = live & (tl.load(at + 1, mask=here, other=0) > first_key)
+        full = (block < whole_blocks) & (tl.load(at + 2, mask=here, other=0) <= first_key)
+        full = full & (tl.load(at + 3, mask=here, other=0) >= end_key)
+        lo = tl.minimum(lo, tl.min(tl.where(live, index, todo), 0))
+        hi = tl.maximum(hi, tl.max(tl.where(live, index + 1, 0), 0))
+        full_lo = tl.minimum(full_lo, tl.min(tl.where(live & full, index, todo), 0))
+        ahead = tl.maximum(ahead, tl.max(tl.where(index == full_lo, block - index, 0), 0))
+        run_ends = (full == 0) | (block - index != ahead)
+        full_hi = tl.minimum(full_hi, tl.min(tl.where((index > full_lo) & run_ends, index, todo), 0))
+    lo = tl.minimum(lo, hi)
+    full_lo = tl.minimum(full_lo, hi)
+    full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
+    return lo, full_lo, full_hi, hi, full_lo + ahead
+
+
+@triton.jit
 def score_tile(q, k, query_position, key_position, slope, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr):
     """q (M, D), k (D, N) -> raw scores (M, N) in float32: not yet times scale; slope is the ALiBi slope over scale."""
     raw = tl.dot(q, k, input_precision=PRECISION)
@@ -175,7 +234,10 @@ def largest(x):
 @triton.jit
 def popcount(x):
     """Number of set bits of each int32."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24) & 0xFF
+    if IN_PYTHON:
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F
+        return ((x * 0x01010101) >> 24) & 0xFF
+    else:  # the compiler finds the instruction behind the lines above in some places only
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)

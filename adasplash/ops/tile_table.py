@@ -30,7 +30,7 @@ def block_dim(dim: int) -> int:
 
 
 def entmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
-    """Tiles of the kernels of entmax attention for a head dim and dtype; all but `columns` and `sinks` share block_m.
+    """Tiles of the kernels of entmax attention for a head dim and dtype; block_m of `collect` is a multiple of the others'.
 
     Measured on an H200; kernels run with them on other GPUs from Ampere on.
     """
@@ -41,9 +41,9 @@ def entmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
     if wide <= 64:
         return {
             "collect": Tiles(128, 128, 8, 3, 128),
-            "forward": Tiles(128, 128, 8, 2),
-            "rows": Tiles(128, 64, 4, 2),
-            "columns": Tiles(64, 64, 4, 2),
+            "forward": Tiles(64, 64, 4, 3, 168),
+            "rows": Tiles(128, 64, 8, 3, 128),
+            "columns": Tiles(64, 64, 4, 3),
             "sinks": Tiles(64, 64, 4, 3),
         }
     if wide <= 128:
@@ -64,21 +64,26 @@ def entmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
 
 
 class ListShape(NamedTuple):
-    """Shape of a list kernel's programs: rows (or columns) side by side, pairs of each at a time, warps."""
+    """Shape of a list kernel's programs: rows (or columns) side by side, pairs of each at a time, warps.
+
+    turns: how often a program does so. Where blocks are in tile mode there is nothing to do, and fewer programs say so sooner.
+    """
 
     rows: int
     pairs: int
     warps: int
+    turns: int
 
 
 def list_shapes(dim: int) -> dict[str, ListShape]:
     """For the list kernels of entmax attention: as many gathers of `dim` wide rows in flight as registers allow."""
     wide = block_dim(dim)
     return {
-        "forward": ListShape(4, max(1, 512 // wide), 1),
-        "backward": ListShape(4, max(1, 128 // wide), 1),
-        "transpose": ListShape(8, 8, 1),
-        "sort": ListShape(4, 1, 1),
+        "forward": ListShape(1, max(1, 512 // wide), 1, 16),
+        "backward": ListShape(4, max(1, 256 // wide), 1, 4),
+        "transpose": ListShape(8, 8, 1, 4),
+        "sort": ListShape(2, 1, 1, 2),
+        "columns": ListShape(4, max(1, 128 // wide), 1, 2),
     }
 
 

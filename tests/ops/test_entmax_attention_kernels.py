@@ -24,7 +24,7 @@ ROADS = {"lists": (64, 64), "tiles": (1, 64), "both": (6, 64), "sinks": (64, 3)}
 def many_rows_at_once(monkeypatch):
     """The interpreter's time goes by the number of programs."""
     if DEVICE == "cpu":
-        shape = ListShape(32, 8, 1)
+        shape = ListShape(16, 8, 1, turns=2)
         monkeypatch.setattr(operator, "list_shapes", lambda dim: dict.fromkeys(list_shapes(dim), shape))
 
 

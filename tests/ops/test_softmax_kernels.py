@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from dense_attention import dense_attention
 
 from adasplash.ops.jit import INTERPRETED
 from adasplash.ops.key_range import KeyRange
 from adasplash.ops.softmax_attention import operator
-from adasplash.ops.softmax_attention.kernels import seeing_blocks
 from adasplash.ops.softmax_attention.operator import softmax_attention_kernels
 from adasplash.ops.tile_table import Tiles
 
@@ -190,47 +187,6 @@ def test_tiles_that_nobody_sees_are_never_visited(device, small_tiles):
     for x in poisoned(lambda q, k, v: softmax_attention_kernels(q, k, v, key_range, scale=0.25), q, k, v, grad):
         assert x.isfinite().all()
     assert (x[:, :, 20:] == 0).all()  # dv
-
-
-@triton.jit
-def seeing_blocks_kernel(BLOCK_RANGE, FOUND, blocks, whole_blocks, tile_length):
-    tile = tl.program_id(0)
-    lo, full_lo, full_hi, hi = seeing_blocks(
-        BLOCK_RANGE, blocks, whole_blocks, tile * tile_length, (tile + 1) * tile_length
-    )
-    tl.store(FOUND + tile * 4, lo)
-    tl.store(FOUND + tile * 4 + 1, full_lo)
-    tl.store(FOUND + tile * 4 + 2, full_hi)
-    tl.store(FOUND + tile * 4 + 3, hi)
-
-
-@pytest.mark.parametrize("kind", ["causal", "window", "documents", "gaps"])
-def test_query_blocks_that_see_a_tile_of_keys(kind, device):
-    """More blocks than are looked at in one go; of full blocks the first run."""
-    blocks, keys, tiles = 300, 640, 10
-    stop = (torch.arange(blocks) + 1) * keys // blocks
-    start = {
-        "causal": torch.zeros_like(stop),
-        "window": (stop - 200).clamp(min=0),
-        "documents": stop // 250 * 250,
-        "gaps": torch.where(torch.arange(blocks) % 100 == 50, keys, 0),  # blocks that see nothing
-    }[kind]
-    every_stop = torch.where(stop > start, (stop - 2).clamp(min=0), keys)
-    any_stop = torch.where(stop > start, stop, 0)
-    every_start = torch.where(stop > start, start, 0)
-    bounds = torch.stack((start, any_stop, every_start, every_stop), -1).int()
-    found = torch.full((tiles, 4), -1, dtype=torch.int32, device=device)
-    seeing_blocks_kernel[(tiles,)](bounds.to(device), found, blocks, blocks - 1, keys // tiles)
-    for tile, (lo, full_lo, full_hi, hi) in enumerate(found.tolist()):
-        begin, end = tile * keys // tiles, (tile + 1) * keys // tiles
-        live = (start < end) & (any_stop > begin)
-        full = (every_start <= begin) & (every_stop >= end) & (torch.arange(blocks) < blocks - 1)
-        inside = live.nonzero().flatten().tolist() or [0, -1]
-        assert (lo, hi) == (inside[0], inside[-1] + 1)
-        runs = (live & full).nonzero().flatten().tolist()
-        assert lo <= full_lo <= full_hi <= hi and (full_lo < full_hi) == bool(runs)
-        if runs:
-            assert full_lo == runs[0] and full[full_lo:full_hi].all() and (full_hi == hi or not full[full_hi])
 
 
 def test_as_torch_operators(device, small_tiles):

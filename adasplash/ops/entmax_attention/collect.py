@@ -14,7 +14,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import entmax_weights, load_rows, load_tile, max_or_nan, newton_step, popcount, score_tile, visible_tiles
+from ..jit import (
+    entmax_weights,
+    load_rows,
+    load_tile,
+    max_or_nan,
+    newton_step,
+    popcount,
+    score_tile,
+    store_block_range,
+    visible_tiles,
+)
 
 SLACK = tl.constexpr(2.0**-12)
 # Turns a difference of scores into 0 or 1 with one saturating multiplication: no two scores differ by less than 2^-60.
@@ -267,8 +277,7 @@ def collect_kernel(
         slab = (bh.to(tl.int64) * blocks + block) * capacity
         at = bh.to(tl.int64) * query_length + row
         tl.store(IN_TILES + bh * blocks + block, tl.where(fits, 0, 1))
-        tl.store(BLOCK_RANGE + 2 * (bh * blocks + block), tl.min(tl.where(seeing, start, key_length), 0))
-        tl.store(BLOCK_RANGE + 2 * (bh * blocks + block) + 1, tl.max(tl.where(seeing, stop, 0), 0))
+        store_block_range(BLOCK_RANGE, bh * blocks + block, start, stop, key_length)
         tl.store(FIRST + at, first, mask=inside)
         tl.store(COUNT + at, tl.where(fits, count, 0), mask=inside)
         tl.store(BOUND + at, tl.where(seeing, bound, 0.0), mask=inside)

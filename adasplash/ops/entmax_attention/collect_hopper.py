@@ -1,8 +1,10 @@
 """The collect kernel for Hopper, in Gluon: the walk of collect.py, with layouts chosen by hand and keys copied by TMA.
 
 In every layout here a row lies in one warp, so that values of rows change layouts without shared memory and barriers. And
-a block whose keys do not fit gets a second look, if that promises to help: bits are formed against the bound of the
-moment, which is loose at first, and so far more keys are marked than lie above the final bound where many do.
+a block is looked at again, if that promises to help: bits are formed against the bound of the moment, which is loose at
+first, and so where many keys lie above the final bound, far more are marked. Such a block is mostly recognised after an
+eighth of its tiles, and the walk then starts again with the bound that these have given; a block that is recognised at
+its end, since its keys do not fit, is walked once more with the final bound.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..jit import entmax_weights, larger_or_nan, newton_step, popcount, visible_tiles
+from ..jit import entmax_weights, larger_or_nan, newton_step, popcount, store_block_range, visible_tiles
 from ..tile_table import Tiles, block_dim
 from .collect import SLACK, STEEP, bit_limit, raise_bound
 
@@ -30,6 +32,7 @@ copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_cop
 
 TOPS_AT_ONCE = gl.constexpr(16)
 ENTRIES_AT_ONCE = gl.constexpr(4)
+MANY_HITS = gl.constexpr(0.95)  # of a row's first tiles: then it is looked into whether the walk should start again
 
 
 def tiles_by_tma(k: Tensor, tiles: Tiles) -> TensorDescriptor | None:
@@ -122,8 +125,8 @@ def mark_tile(
     top = gl.reduce(gl.reduce(top, 1, larger_or_nan), 1, larger_or_nan)
     top = gl.convert_layout(top, ROW, assert_trivial=True)
     hit = top > bound - margin
-    raised, slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
-    bound = gl.where(raising, raised, bound)
+    raised, raised_slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
+    bound, slope = gl.where(raising, raised, bound), gl.where(raising, raised_slope, slope)
     limit = bit_limit(bound, margin) * -STEEP
     above = gl.minimum(gl.maximum(raw * STEEP + limit[:, None], 0.0), 1.0).reshape([BLOCK_M, HALVES, EIGHTS, 4, 2])
     of_pair: gl.constexpr = gl.SliceLayout(
@@ -220,12 +223,15 @@ def write_keys(RECORDS, KEYS, first, found, most, BLOCK_N: gl.constexpr, WORDS: 
     m = gl.arange(0, BLOCK_M, layout=OF_ROW)[:, None]
     c = gl.arange(0, ENTRIES_AT_ONCE, layout=gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :]
     word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :]
+    entry = (c * BLOCK_M + m) * 8
+    next_tile = gl.load(RECORDS + entry + 3, mask=c < found, other=0)
+    next_words = gl.load(RECORDS + (entry[:, :, None] + 2 * word), mask=(c < found)[:, :, None], other=0)
     for begin in range(0, most, ENTRIES_AT_ONCE):
-        e = begin + c
-        live = e < found
+        tile, words = next_tile, next_words
+        e = begin + ENTRIES_AT_ONCE + c
         entry = (e * BLOCK_M + m) * 8
-        tile = gl.load(RECORDS + entry + 3, mask=live, other=0)
-        words = gl.load(RECORDS + (entry[:, :, None] + 2 * word), mask=live[:, :, None], other=0)
+        next_tile = gl.load(RECORDS + entry + 3, mask=e < found, other=0)
+        next_words = gl.load(RECORDS + (entry[:, :, None] + 2 * word), mask=(e < found)[:, :, None], other=0)
         here = popcount(words)  # (M, 4 entries, 4 words)
         in_entry = gl.sum(here, 2)
         before = place[:, None] + running_sum(in_entry, 1, COUNT) - in_entry
@@ -327,8 +333,9 @@ def collect_hopper_kernel(
         found = gl.zeros([BLOCK_M], gl.int32, layout=ROW)
         keys = gl.zeros([BLOCK_M], gl.int32, layout=LIST)
         fits = False
-        raising = True
         looking = True
+        raise_from = 0  # the tiles of earlier turns have raised the bound already: a mass must not count twice
+        trial = edges + gl.minimum(gl.maximum(tiles // 8, 8), 64)
         barrier()
         while looking:
             found = gl.zeros([BLOCK_M], gl.int32, layout=ROW)
@@ -347,7 +354,7 @@ def collect_hopper_kernel(
                     (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None]), raw, float("-inf")
                 )
                 bound, slope, found = mark_tile(
-                    raw, tile, raising, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA, ROW
+                    raw, tile, j >= raise_from, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA, ROW
                 )
 
             # The walk, in stretches of 32, 64, 128, ... tiles: after each the bound is tightened and the entries are thinned out.
@@ -355,8 +362,10 @@ def collect_hopper_kernel(
             stretch = 32
             lost = 0
             more = True
+            restart = False
+            trying = (raise_from == 0) & (tiles >= 2 * trial + STAGES)
             while more:
-                end = gl.minimum(begin + stretch, tiles)
+                end = gl.where(trying, trial, gl.minimum(begin + stretch, tiles))
                 for j in range(begin, end):
                     tile = full_last - 1 - (j - edges)
                     raw = dot_with_tile(q_tile, k_tiles, ready, turn + j, MMA)
@@ -366,32 +375,56 @@ def collect_hopper_kernel(
                         place = gl.load(key_position + column)
                         raw -= alibi * gl.abs(query_position[:, None] - place[None, :]).to(gl.float32)
                     bound, slope, found = mark_tile(
-                        raw, tile, raising, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA, ROW
+                        raw,
+                        tile,
+                        j >= raise_from,
+                        bound,
+                        slope,
+                        found,
+                        margin,
+                        z_scale,
+                        r,
+                        RECORDS,
+                        entries,
+                        FORMULA,
+                        ROW,
                     )
                 begin = end
-                stretch *= 2
                 more = end < tiles
-                found = gl.convert_layout(found, LIST)
-                lost = gl.maximum(lost, gl.max(found, 0) - entries)
-                bound, slope, found, keys = settle(
-                    RECORDS, gl.convert_layout(bound, LIST), gl.convert_layout(slope, LIST), gl.minimum(found, entries),
-                    gl.convert_layout(margin, LIST), z_scale, r, FORMULA, ENTRY, OF_ENTRY,
-                )  # fmt: skip
-                bound = gl.convert_layout(bound, ROW)
-                slope = gl.convert_layout(slope, ROW)
-                found = gl.convert_layout(found, ROW)
-            turn += tiles
+                if not trying or gl.sum(found, 0).to(gl.float32) > MANY_HITS * (BLOCK_M * end):
+                    found = gl.convert_layout(found, LIST)
+                    lost = gl.maximum(lost, gl.max(found, 0) - entries)
+                    bound, slope, found, keys = settle(
+                        RECORDS, gl.convert_layout(bound, LIST), gl.convert_layout(slope, LIST), gl.minimum(found, entries),
+                        gl.convert_layout(margin, LIST), z_scale, r, FORMULA, ENTRY, OF_ENTRY,
+                    )  # fmt: skip
+                    bound = gl.convert_layout(bound, ROW)
+                    slope = gl.convert_layout(slope, ROW)
+                    found = gl.convert_layout(found, ROW)
+                    if trying:
+                        restart = gl.sum(keys, 0) > capacity
+                        restart &= may_fit(gl.sum(found, 0), end, BLOCK_M, capacity // 2)
+                        more = not restart
+                    else:
+                        stretch *= 2
+                trying = False
+            taken = begin
+            if restart:
+                for _ in gl.static_range(STAGES):  # the copies under way
+                    mbarrier.wait(ready.index((turn + taken) % STAGES), (turn + taken) // STAGES & 1)
+                    taken += 1
+            turn += taken
             total = gl.sum(keys, 0)
-            fits = (total <= capacity) & (lost <= 0)
+            fits = (total <= capacity) & (lost <= 0) & (not restart)
             # What does not fit may do so in a second look, where the bits are formed against the final bound from the start.
-            again = raising & (total > capacity) & may_fit(gl.sum(found, 0), tiles, BLOCK_M, capacity)
-            raising, looking = False, again
+            again = (raise_from < tiles) & (total > capacity) & may_fit(gl.sum(found, 0), tiles, BLOCK_M, capacity)
+            raise_from = gl.where(restart, begin, tiles)
+            looking = restart | again
             if looking:
                 start_first_copies(K, k_tiles, ready, turn, b, group, left, edges, tiles, first_tile, full_last)
 
         # The keys of the entries left.
-        gl.store(BLOCK_RANGE + 2 * (bh * blocks + block), gl.min(gl.where(seeing, start, key_length), 0))
-        gl.store(BLOCK_RANGE + 2 * (bh * blocks + block) + 1, gl.max(gl.where(seeing, stop, 0), 0))
+        store_block_range(BLOCK_RANGE, bh * blocks + block, start, stop, key_length)
         bound = gl.convert_layout(gl.where(seeing, bound, 0.0), LIST)
         found = gl.convert_layout(gl.where(seeing, found, 0), LIST)
         count = gl.where(found > 0, keys, 0)

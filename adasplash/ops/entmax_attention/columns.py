@@ -42,30 +42,31 @@ def lay_out_columns_kernel(
 def transpose_kernel(
     KEYS, FIRST, COUNT, IN_TILES, CURSOR, QUERIES,
     heads, ratio, query_length, key_length, blocks, capacity, longest,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Enters each pair into its key's column: QUERIES holds (head in group) * Tq + row, in the order of arrival.
 
     Moves the begins in CURSOR to the ends. Columns above `longest` stay out: such sinks are cheaper as dense tiles.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     bh = tl.program_id(1)
-    inside = row < query_length
-    block = tl.program_id(0) * ROWS // BLOCK_M
+    block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:
         c = tl.arange(0, PAIRS)
-        at = bh.to(tl.int64) * query_length + row
-        count = tl.load(COUNT + at, mask=inside, other=0)
         slab = (bh.to(tl.int64) * blocks + block) * capacity
-        first = slab + tl.load(FIRST + at, mask=inside, other=0)
         column = (bh // ratio).to(tl.int64) * key_length
-        entry = bh % ratio * query_length + row
-        for begin in range(0, tl.max(count, 0), PAIRS):
-            live = (begin + c)[None, :] < count[:, None]
-            key = column + tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0)
-            live = live & (tl.load(CURSOR + 2 * key + 1, mask=live, other=0) <= longest)
-            to = tl.atomic_add(CURSOR + 2 * key, 1, mask=live, sem="relaxed")
-            tl.store(QUERIES + to, tl.broadcast_to(entry[:, None], (ROWS, PAIRS)), mask=live)
+        for turn in range(0, TURNS):
+            row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
+            inside = row < query_length
+            at = bh.to(tl.int64) * query_length + row
+            count = tl.load(COUNT + at, mask=inside, other=0)
+            first = slab + tl.load(FIRST + at, mask=inside, other=0)
+            entry = bh % ratio * query_length + row
+            for begin in range(0, tl.max(count, 0), PAIRS):
+                live = (begin + c)[None, :] < count[:, None]
+                key = column + tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0)
+                live = live & (tl.load(CURSOR + 2 * key + 1, mask=live, other=0) <= longest)
+                to = tl.atomic_add(CURSOR + 2 * key, 1, mask=live, sem="relaxed")
+                tl.store(QUERIES + to, tl.broadcast_to(entry[:, None], (ROWS, PAIRS)), mask=live)
 
 
 @triton.jit
@@ -78,25 +79,28 @@ def sort_columns(QUERIES, begin, length, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def sort_columns_kernel(CURSOR, QUERIES, columns, longest, COLUMNS: tl.constexpr):
+def sort_columns_kernel(CURSOR, QUERIES, columns, longest, TURNS: tl.constexpr, COLUMNS: tl.constexpr):
     """Puts the entries of each column in ascending order: what depends on the order of arrival ends here.
 
-    Turns the ends in CURSOR back into begins, and the lengths of columns above `longest` (at most 256) into 0.
+    Turns the ends in CURSOR back into begins, and the lengths of columns above `longest` (at most 128) into 0.
     """
-    at = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = at < columns
-    length = tl.load(CURSOR + 2 * at + 1, mask=inside, other=0)
-    length = tl.where(length <= longest, length, 0)
-    begin = tl.load(CURSOR + 2 * at, mask=inside, other=0) - length
-    tl.store(CURSOR + 2 * at, begin, mask=inside)
-    tl.store(CURSOR + 2 * at + 1, length, mask=inside)
-    most = tl.max(length, 0)
-    if most > 64:
-        sort_columns(QUERIES, begin, length, 256)
-    elif most > 16:
-        sort_columns(QUERIES, begin, length, 64)
-    elif most > 1:
-        sort_columns(QUERIES, begin, length, 16)
+    for turn in range(0, TURNS):
+        at = (tl.program_id(0).to(tl.int64) * TURNS + turn) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = at < columns
+        length = tl.load(CURSOR + 2 * at + 1, mask=inside, other=0)
+        length = tl.where(length <= longest, length, 0)
+        begin = tl.load(CURSOR + 2 * at, mask=inside, other=0) - length
+        tl.store(CURSOR + 2 * at, begin, mask=inside)
+        tl.store(CURSOR + 2 * at + 1, length, mask=inside)
+        most = tl.max(length, 0)
+        if most > 64:
+            sort_columns(QUERIES, begin, length, 128)
+        elif most > 32:
+            sort_columns(QUERIES, begin, length, 64)
+        elif most > 16:
+            sort_columns(QUERIES, begin, length, 32)
+        elif most > 1:
+            sort_columns(QUERIES, begin, length, 16)
 
 
 @triton.jit
@@ -104,62 +108,63 @@ def columns_backward_kernel(
     Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, CURSOR, QUERIES, TAU, DELTA, D_OUT, DK, DV,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     groups, ratio, query_length, key_length,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of ROWS keys from the transposed lists, in ascending order of (head, query): deterministic."""
-    key = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """dk and dv of ROWS keys, TURNS times, from the transposed lists, in ascending order of (head, query): deterministic."""
     bg = tl.program_id(1)
     b = (bg // groups).to(tl.int64)
     group = bg % groups
-    inside = key < key_length
+    first_head = bg * ratio  # of all B * H
     d = tl.arange(0, BLOCK_D)
     c = tl.arange(0, PAIRS)
-    at = bg.to(tl.int64) * key_length + key
-    length = tl.load(CURSOR + 2 * at + 1, mask=inside, other=0)
-    begin_at = tl.load(CURSOR + 2 * at, mask=inside, other=0)
-    most = tl.max(length, 0)
-    k = load_rows(K, b, group, key, inside, k_b, k_h, k_t, d, D, BLOCK_D).to(tl.float32)
-    v = load_rows(V, b, group, key, inside, v_b, v_h, v_t, d, D, BLOCK_D).to(tl.float32)
-    key_position = key
-    if HAS_ALIBI:
-        key_position = tl.load(KEY_POSITION + at, mask=inside, other=0)
-    dk = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    dv = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    first_head = bg * ratio  # of all B * H
-    for begin in range(0, most, PAIRS):
-        live = (begin + c)[None, :] < length[:, None]
-        entry = tl.load(QUERIES + begin_at[:, None] + (begin + c)[None, :], mask=live, other=0)
-        if ratio == 1:  # then Triton knows it
-            local = tl.zeros_like(entry)
-            row = entry
-        else:
-            local = entry // query_length
-            row = entry % query_length
-        head = (first_head % (groups * ratio) + local).to(tl.int64)
-        q_at = Q + b * q_b + (head * q_h + row.to(tl.int64) * q_t)[:, :, None] + d[None, None, :]
-        q = load_tile(q_at, d[None, None, :] < D, live[:, :, None], D == BLOCK_D).to(tl.float32)
-        o_at = D_OUT + b * o_b + (head * o_h + row.to(tl.int64) * o_t)[:, :, None] + d[None, None, :]
-        d_out = load_tile(o_at, d[None, None, :] < D, live[:, :, None], D == BLOCK_D).to(tl.float32)
-        at_row = (first_head + local).to(tl.int64) * query_length + row
-        tau = tl.load(TAU + at_row, mask=live, other=0.0)
-        delta = tl.load(DELTA + at_row, mask=live, other=0.0)
-        alpha = tl.load(ALPHA).to(tl.float32)  # of all heads
-        if FORMULA == 0:
-            alpha = tl.load(ALPHA + head, mask=live, other=1.5).to(tl.float32)
-        slope = 0.0
-        query_position = row
+    for turn in range(0, TURNS):
+        key = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
+        inside = key < key_length
+        at = bg.to(tl.int64) * key_length + key
+        length = tl.load(CURSOR + 2 * at + 1, mask=inside, other=0)
+        begin_at = tl.load(CURSOR + 2 * at, mask=inside, other=0)
+        most = tl.max(length, 0)
+        k = load_rows(K, b, group, key, inside, k_b, k_h, k_t, d, D, BLOCK_D).to(tl.float32)
+        v = load_rows(V, b, group, key, inside, v_b, v_h, v_t, d, D, BLOCK_D).to(tl.float32)
+        key_position = key
         if HAS_ALIBI:
-            slope = tl.load(SLOPES + first_head + local, mask=live, other=0.0)
-            query_position = tl.load(QUERY_POSITION + at_row, mask=live, other=0)
-        z = pair_scores(q, k[:, None, :], scale, slope, query_position, key_position[:, None], HAS_ALIBI)
-        distance = tl.where(live, z * (alpha - 1.0) - tau, 0.0)
-        p, u = entmax_weights(distance, 1.0 / (alpha - 1.0), FORMULA)
-        ds = u * (tl.sum(d_out * v[:, None, :], 2) - delta)
-        dk += tl.sum(ds[:, :, None] * q, 1)
-        dv += tl.sum(p[:, :, None] * d_out, 1)
-    full = inside[:, None] & (d < D)[None, :]
-    dk_at = DK + b * dk_b + group.to(tl.int64) * dk_h + key[:, None].to(tl.int64) * dk_t + d[None, :]
-    dv_at = DV + b * dv_b + group.to(tl.int64) * dv_h + key[:, None].to(tl.int64) * dv_t + d[None, :]
-    tl.store(dk_at, (dk * scale).to(DK.dtype.element_ty), mask=full)
-    tl.store(dv_at, dv.to(DV.dtype.element_ty), mask=full)
+            key_position = tl.load(KEY_POSITION + at, mask=inside, other=0)
+        dk = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        dv = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        for begin in range(0, most, PAIRS):
+            live = (begin + c)[None, :] < length[:, None]
+            entry = tl.load(QUERIES + begin_at[:, None] + (begin + c)[None, :], mask=live, other=0)
+            if ratio == 1:  # then Triton knows it
+                local = tl.zeros_like(entry)
+                row = entry
+            else:
+                local = entry // query_length
+                row = entry % query_length
+            head = (first_head % (groups * ratio) + local).to(tl.int64)
+            q_at = Q + b * q_b + (head * q_h + row.to(tl.int64) * q_t)[:, :, None] + d[None, None, :]
+            q = load_tile(q_at, d[None, None, :] < D, live[:, :, None], D == BLOCK_D).to(tl.float32)
+            o_at = D_OUT + b * o_b + (head * o_h + row.to(tl.int64) * o_t)[:, :, None] + d[None, None, :]
+            d_out = load_tile(o_at, d[None, None, :] < D, live[:, :, None], D == BLOCK_D).to(tl.float32)
+            at_row = (first_head + local).to(tl.int64) * query_length + row
+            tau = tl.load(TAU + at_row, mask=live, other=0.0)
+            delta = tl.load(DELTA + at_row, mask=live, other=0.0)
+            alpha = tl.load(ALPHA).to(tl.float32)  # of all heads
+            if FORMULA == 0:
+                alpha = tl.load(ALPHA + head, mask=live, other=1.5).to(tl.float32)
+            slope = 0.0
+            query_position = row
+            if HAS_ALIBI:
+                slope = tl.load(SLOPES + first_head + local, mask=live, other=0.0)
+                query_position = tl.load(QUERY_POSITION + at_row, mask=live, other=0)
+            z = pair_scores(q, k[:, None, :], scale, slope, query_position, key_position[:, None], HAS_ALIBI)
+            distance = tl.where(live, z * (alpha - 1.0) - tau, 0.0)
+            p, u = entmax_weights(distance, 1.0 / (alpha - 1.0), FORMULA)
+            ds = u * (tl.sum(d_out * v[:, None, :], 2) - delta)
+            dk += tl.sum(ds[:, :, None] * q, 1)
+            dv += tl.sum(p[:, :, None] * d_out, 1)
+        full = inside[:, None] & (d < D)[None, :]
+        dk_at = DK + b * dk_b + group.to(tl.int64) * dk_h + key[:, None].to(tl.int64) * dk_t + d[None, :]
+        dv_at = DV + b * dv_b + group.to(tl.int64) * dv_h + key[:, None].to(tl.int64) * dv_t + d[None, :]
+        tl.store(dk_at, (dk * scale).to(DK.dtype.element_ty), mask=full)
+        tl.store(dv_at, dv.to(DV.dtype.element_ty), mask=full)

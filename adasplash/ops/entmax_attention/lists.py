@@ -69,109 +69,129 @@ def rows_forward_kernel(
     Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, KEYS, FIRST, COUNT, IN_TILES, BOUND, Z, OUT, MEAN, TAU,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t,
     heads, ratio, query_length, key_length, blocks, capacity,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """tau, out and the u-weighted mean of v for ROWS queries; leaves in KEYS and COUNT the exact support.
+    """tau, out and the u-weighted mean of v for ROWS queries, TURNS times; leaves in KEYS and COUNT the exact support.
 
     OUT and MEAN are (B, H, Tq, D) with strides out_*; Z is scratch shaped as KEYS.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     bh = tl.program_id(1)
-    inside = row < query_length
-    block = tl.program_id(0) * ROWS // BLOCK_M
+    block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:
         b = (bh // heads).to(tl.int64)
         h = bh % heads
         group = (h // ratio).to(tl.int64)
         d = tl.arange(0, BLOCK_D)
         c = tl.arange(0, PAIRS)
-        at = bh.to(tl.int64) * query_length + row
-        count = tl.load(COUNT + at, mask=inside, other=0)
-        slab = (bh.to(tl.int64) * blocks + block) * capacity
-        first = slab + tl.load(FIRST + at, mask=inside, other=0)
-        q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
         alpha = tl.load(ALPHA + h).to(tl.float32)
         r = 1.0 / (alpha - 1.0)
         slope = 0.0
-        query_position = row
         if HAS_ALIBI:
             slope = tl.load(SLOPES + bh)
-            query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
             KEY_POSITION += (b * (heads // ratio) + group) * key_length
         K += b * k_b + group * k_h
         V += b * v_b + group * v_h
-        most = tl.max(count, 0)
+        for turn in range(0, TURNS):
+            row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
+            inside = row < query_length
+            at = bh.to(tl.int64) * query_length + row
+            count = tl.load(COUNT + at, mask=inside, other=0)
+            slab = (bh.to(tl.int64) * blocks + block) * capacity
+            first = slab + tl.load(FIRST + at, mask=inside, other=0)
+            q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
+            query_position = row
+            if HAS_ALIBI:
+                query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
+            most = tl.max(count, 0)
 
-        # z of all candidates: the first PAIRS of a row, mostly all, stay in registers, the others in Z
-        first_key, first_z = score_pairs(
-            q, K, KEYS, KEY_POSITION, first, count, 0, alpha, scale, slope, query_position, k_t, d,
-            D, BLOCK_D, PAIRS, HAS_ALIBI,
-        )  # fmt: skip
-        top = tl.max(first_z, 1)
-        for begin in range(PAIRS, most, PAIRS):
-            key, z = score_pairs(
-                q, K, KEYS, KEY_POSITION, first, count, begin, alpha, scale, slope, query_position, k_t, d,
+            # z of all candidates: the first PAIRS of a row, mostly all, stay in registers, the others in Z
+            first_key, first_z = score_pairs(
+                q, K, KEYS, KEY_POSITION, first, count, 0, alpha, scale, slope, query_position, k_t, d,
                 D, BLOCK_D, PAIRS, HAS_ALIBI,
             )  # fmt: skip
-            tl.store(Z + first[:, None] + (begin + c)[None, :], z, mask=z > float("-inf"))
-            top = tl.maximum(top, tl.max(z, 1))
-        tl.debug_barrier()
+            top = tl.max(first_z, 1)
+            for begin in range(PAIRS, most, PAIRS):
+                key, z = score_pairs(
+                    q, K, KEYS, KEY_POSITION, first, count, begin, alpha, scale, slope, query_position, k_t, d,
+                    D, BLOCK_D, PAIRS, HAS_ALIBI,
+                )  # fmt: skip
+                tl.store(Z + first[:, None] + (begin + c)[None, :], z, mask=z > float("-inf"))
+                top = tl.maximum(top, tl.max(z, 1))
+            tl.debug_barrier()
 
-        # the threshold, relative to the largest z, from the bound that the lists were collected with
-        top = tl.where(count > 0, top, 0.0)
-        bound = tl.load(BOUND + at, mask=inside, other=0.0)
-        tau = bound * ((alpha - 1.0) * scale) - top
-        tau = tl.minimum(tl.maximum(tau, -1.0), -1e-6)
-        steps = 0
-        while steps < NEWTON_STEPS:
-            first_p, first_u = entmax_weights(first_z - top[:, None] - tau[:, None], r, FORMULA)
-            mass = tl.sum(first_p, 1)
-            slope_sum = tl.sum(first_u, 1)
-            for begin in range(PAIRS, most, 32):
-                e = begin + tl.arange(0, 32)
-                z = tl.load(Z + first[:, None] + e[None, :], mask=e[None, :] < count[:, None], other=float("-inf"))
-                p, u = entmax_weights(z - top[:, None] - tau[:, None], r, FORMULA)
-                mass += tl.sum(p, 1)
-                slope_sum += tl.sum(u, 1)
-            step = newton_step(mass, slope_sum, r, FORMULA)
-            tau += step
-            steps = tl.where(largest(tl.abs(step)) > 2e-7, steps + 1, NEWTON_STEPS)
-        tau += top
+            # the threshold, relative to the largest z, from the bound that the lists were collected with
+            top = tl.where(count > 0, top, 0.0)
+            bound = tl.load(BOUND + at, mask=inside, other=0.0)
+            tau = bound * ((alpha - 1.0) * scale) - top
+            tau = tl.minimum(tl.maximum(tau, -1.0), -1e-6)
+            steps = 0
+            while steps < NEWTON_STEPS:
+                first_p, first_u = entmax_weights(first_z - top[:, None] - tau[:, None], r, FORMULA)
+                mass = tl.sum(first_p, 1)
+                slope_sum = tl.sum(first_u, 1)
+                for begin in range(PAIRS, most, 32):
+                    e = begin + tl.arange(0, 32)
+                    z = tl.load(Z + first[:, None] + e[None, :], mask=e[None, :] < count[:, None], other=float("-inf"))
+                    p, u = entmax_weights(z - top[:, None] - tau[:, None], r, FORMULA)
+                    mass += tl.sum(p, 1)
+                    slope_sum += tl.sum(u, 1)
+                step = newton_step(mass, slope_sum, r, FORMULA)
+                tau += step
+                steps = tl.where(largest(tl.abs(step)) > 2e-7, steps + 1, NEWTON_STEPS)
+            tau += top
+            tau = tl.where((count > 0) | (bound != bound), tau, float("inf"))  # of a row that sees nothing
 
-        out, mean, u_sum, kept = weigh_pairs(
-            first_key,
-            first_z - tau[:, None],
-            tl.zeros((ROWS,), tl.int32),
-            V,
-            KEYS,
-            first,
-            r,
-            v_t,
-            d,
-            D,
-            BLOCK_D,
-            FORMULA,
-        )
-        for begin in range(PAIRS, most, PAIRS):
-            live = (begin + c)[None, :] < count[:, None]
-            place = first[:, None] + (begin + c)[None, :]
-            more_key = tl.load(KEYS + place, mask=live, other=0)
-            more_z = tl.load(Z + place, mask=live, other=float("-inf"))
-            more_out, more_mean, more_u, kept = weigh_pairs(
-                more_key, more_z - tau[:, None], kept, V, KEYS, first, r, v_t, d, D, BLOCK_D, FORMULA
+            # what is not above the threshold leaves long lists before v is gathered
+            if most > PAIRS:
+                more = tl.zeros((ROWS,), tl.int32)
+                for begin in range(PAIRS, most, 32):
+                    e = begin + tl.arange(0, 32)[None, :]
+                    live = e < count[:, None]
+                    key = tl.load(KEYS + first[:, None] + e, mask=live, other=0)
+                    z = tl.load(Z + first[:, None] + e, mask=live, other=float("-inf"))
+                    stay = (z > tau[:, None]).to(tl.int32)
+                    to = first[:, None] + PAIRS + more[:, None] + tl.cumsum(stay, 1) - stay
+                    tl.debug_barrier()  # all have read what is about to be overwritten
+                    tl.store(KEYS + to, key, mask=stay > 0)
+                    tl.store(Z + to, z, mask=stay > 0)
+                    more += tl.sum(stay, 1)
+                tl.debug_barrier()
+                count = tl.minimum(count, PAIRS + more)
+                most = tl.max(count, 0)
+            out, mean, u_sum, kept = weigh_pairs(
+                first_key,
+                first_z - tau[:, None],
+                tl.zeros((ROWS,), tl.int32),
+                V,
+                KEYS,
+                first,
+                r,
+                v_t,
+                d,
+                D,
+                BLOCK_D,
+                FORMULA,
             )
-            out += more_out
-            mean += more_mean
-            u_sum += more_u
-        mean = mean / tl.where(u_sum > 0.0, u_sum, 1.0)[:, None]
-        to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
-        full = inside[:, None] & (d < D)[None, :]
-        out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
-        tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
-        tl.store(MEAN + to, mean.to(MEAN.dtype.element_ty), mask=full)
-        tl.store(TAU + at, tau, mask=inside)
-        tl.store(COUNT + at, kept, mask=inside)
+            for begin in range(PAIRS, most, PAIRS):
+                live = (begin + c)[None, :] < count[:, None]
+                place = first[:, None] + (begin + c)[None, :]
+                more_key = tl.load(KEYS + place, mask=live, other=0)
+                more_z = tl.load(Z + place, mask=live, other=float("-inf"))
+                more_out, more_mean, more_u, kept = weigh_pairs(
+                    more_key, more_z - tau[:, None], kept, V, KEYS, first, r, v_t, d, D, BLOCK_D, FORMULA
+                )
+                out += more_out
+                mean += more_mean
+                u_sum += more_u
+            mean = mean / tl.where(u_sum > 0.0, u_sum, 1.0)[:, None]
+            to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
+            full = inside[:, None] & (d < D)[None, :]
+            out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
+            tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
+            tl.store(MEAN + to, mean.to(MEAN.dtype.element_ty), mask=full)
+            tl.store(TAU + at, tau, mask=inside)
+            tl.store(COUNT + at, kept, mask=inside)
 
 
 @triton.jit
@@ -180,80 +200,82 @@ def rows_backward_kernel(
     DELTA, COLUMN_COUNT, DQ, D_ALPHA,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dq_b, dq_h, dq_t,
     heads, ratio, query_length, key_length, blocks, capacity,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, ALPHA_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """dq and delta = sum u dP / sum u for ROWS queries; counts the pairs of each key in COLUMN_COUNT.
+    """dq and delta = sum u dP / sum u for ROWS queries, TURNS times; counts the pairs of each key in COLUMN_COUNT.
 
     DQ and MEAN have strides dq_*. D_ALPHA (B, H, Tq): the row's share of the gradient for alpha (Correia, Niculae and Martins 2019, Prop. 1).
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     bh = tl.program_id(1)
-    inside = row < query_length
-    block = tl.program_id(0) * ROWS // BLOCK_M
+    block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:
         b = (bh // heads).to(tl.int64)
         h = bh % heads
         group = (h // ratio).to(tl.int64)
         d = tl.arange(0, BLOCK_D)
         c = tl.arange(0, PAIRS)
-        at = bh.to(tl.int64) * query_length + row
-        count = tl.load(COUNT + at, mask=inside, other=0)
-        slab = (bh.to(tl.int64) * blocks + block) * capacity
-        first = slab + tl.load(FIRST + at, mask=inside, other=0)
-        tau = tl.load(TAU + at, mask=inside, other=0.0)
-        q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
-        d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D).to(tl.float32)
-        # Near delta already: sums of (dP - near) do not cancel as sums of dP would.
-        like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
-        mean = load_tile(MEAN + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
-        near = tl.sum(d_out * mean.to(tl.float32), 1)
         alpha = tl.load(ALPHA + h).to(tl.float32)
         r = 1.0 / (alpha - 1.0)
         slope = 0.0
-        query_position = row
         if HAS_ALIBI:
             slope = tl.load(SLOPES + bh)
-            query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
             KEY_POSITION += (b * (heads // ratio) + group) * key_length
         K += b * k_b + group * k_h
         V += b * v_b + group * v_h
         COLUMN_COUNT += (b * (heads // ratio) + group) * key_length
-        dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        k_mean = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        u_sum = tl.zeros((ROWS,), tl.float32)
-        delta = tl.zeros((ROWS,), tl.float32)
-        p_sum = tl.zeros((ROWS,), tl.float32)
-        p_dp = tl.zeros((ROWS,), tl.float32)
-        entropy = tl.zeros((ROWS,), tl.float32)
-        entropy_dp = tl.zeros((ROWS,), tl.float32)
-        for begin in range(0, tl.max(count, 0), PAIRS):
-            live = (begin + c)[None, :] < count[:, None]
-            key = tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0)
-            k = gather(K, key, live, k_t, d, D, BLOCK_D)
-            v = gather(V, key, live, v_t, d, D, BLOCK_D)
-            key_position = key
+        for turn in range(0, TURNS):
+            row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
+            inside = row < query_length
+            at = bh.to(tl.int64) * query_length + row
+            count = tl.load(COUNT + at, mask=inside, other=0)
+            slab = (bh.to(tl.int64) * blocks + block) * capacity
+            first = slab + tl.load(FIRST + at, mask=inside, other=0)
+            tau = tl.load(TAU + at, mask=inside, other=0.0)
+            q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
+            d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D).to(tl.float32)
+            # Near delta already: sums of (dP - near) do not cancel as sums of dP would.
+            like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
+            mean = load_tile(MEAN + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
+            near = tl.sum(d_out * mean.to(tl.float32), 1)
+            query_position = row
             if HAS_ALIBI:
-                key_position = tl.load(KEY_POSITION + key, mask=live, other=0)
-            z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
-            p, u = entmax_weights(tl.where(live, z * (alpha - 1.0) - tau[:, None], 0.0), r, FORMULA)
-            dp = tl.sum(d_out[:, None, :] * v, 2) - near[:, None]
-            dq += tl.sum((u * dp)[:, :, None] * k, 1)
-            k_mean += tl.sum(u[:, :, None] * k, 1)
-            u_sum += tl.sum(u, 1)
-            delta += tl.sum(u * dp, 1)
-            tl.atomic_add(COLUMN_COUNT + key, 1, mask=live, sem="relaxed")
+                query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
+            dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
+            k_mean = tl.zeros((ROWS, BLOCK_D), tl.float32)
+            u_sum = tl.zeros((ROWS,), tl.float32)
+            delta = tl.zeros((ROWS,), tl.float32)
+            p_sum = tl.zeros((ROWS,), tl.float32)
+            p_dp = tl.zeros((ROWS,), tl.float32)
+            entropy = tl.zeros((ROWS,), tl.float32)
+            entropy_dp = tl.zeros((ROWS,), tl.float32)
+            for begin in range(0, tl.max(count, 0), PAIRS):
+                live = (begin + c)[None, :] < count[:, None]
+                key = tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0)
+                k = gather(K, key, live, k_t, d, D, BLOCK_D)
+                v = gather(V, key, live, v_t, d, D, BLOCK_D)
+                key_position = key
+                if HAS_ALIBI:
+                    key_position = tl.load(KEY_POSITION + key, mask=live, other=0)
+                z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
+                p, u = entmax_weights(tl.where(live, z * (alpha - 1.0) - tau[:, None], 0.0), r, FORMULA)
+                dp = tl.sum(d_out[:, None, :] * v, 2) - near[:, None]
+                dq += tl.sum((u * dp)[:, :, None] * k, 1)
+                k_mean += tl.sum(u[:, :, None] * k, 1)
+                u_sum += tl.sum(u, 1)
+                delta += tl.sum(u * dp, 1)
+                tl.atomic_add(COLUMN_COUNT + key, 1, mask=live, sem="relaxed")
+                if ALPHA_GRADIENT:
+                    h_ = -p * tl.log(tl.maximum(p, 1e-37))
+                    p_sum += tl.sum(p, 1)
+                    p_dp += tl.sum(p * dp, 1)
+                    entropy += tl.sum(h_, 1)
+                    entropy_dp += tl.sum(h_ * dp, 1)
+            delta = delta / tl.where(u_sum > 0.0, u_sum, 1.0)
+            dq = (dq - delta[:, None] * k_mean) * scale
+            full = inside[:, None] & (d < D)[None, :]
+            tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
+            tl.store(DELTA + at, delta + near, mask=inside)
             if ALPHA_GRADIENT:
-                h_ = -p * tl.log(tl.maximum(p, 1e-37))
-                p_sum += tl.sum(p, 1)
-                p_dp += tl.sum(p * dp, 1)
-                entropy += tl.sum(h_, 1)
-                entropy_dp += tl.sum(h_ * dp, 1)
-        delta = delta / tl.where(u_sum > 0.0, u_sum, 1.0)
-        dq = (dq - delta[:, None] * k_mean) * scale
-        full = inside[:, None] & (d < D)[None, :]
-        tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
-        tl.store(DELTA + at, delta + near, mask=inside)
-        if ALPHA_GRADIENT:
-            by_alpha = (p_dp - delta * p_sum) * r * r + (entropy_dp - delta * entropy) * r
-            tl.store(D_ALPHA + at, by_alpha, mask=inside)
+                by_alpha = (p_dp - delta * p_sum) * r * r + (entropy_dp - delta * entropy) * r
+                tl.store(D_ALPHA + at, by_alpha, mask=inside)

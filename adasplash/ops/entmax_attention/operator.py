@@ -24,7 +24,7 @@ ENTRIES = 128
 # Gluon is young, and Triton's compiler places barriers in it: only with versions that the kernel for Hopper was run with.
 TRITONS_FOR_HOPPER = ("3.6.",)
 # Longer columns of the transposed lists are computed as dense tiles: keys that very many queries attend to.
-LONGEST_COLUMN = 256
+LONGEST_COLUMN = 128
 
 
 def _slots(device: torch.device, warps: int) -> int:
@@ -83,7 +83,7 @@ def _empty_outputs(q: Tensor, k: Tensor, keys_per_query: int):
         q.new_empty(rows, dtype=torch.int32),  # first
         q.new_empty(rows, dtype=torch.int32),  # count
         q.new_empty((batch * heads, blocks), dtype=torch.int32),  # in_tiles
-        q.new_empty((batch * heads, blocks, 2), dtype=torch.int32),  # block_range
+        q.new_empty((batch * heads, blocks, 4), dtype=torch.int32),  # block_range
     )
 
 
@@ -102,11 +102,17 @@ def _dense(q: Tensor, tiles) -> dict:
 
 def _on_lists(shape: ListShape) -> dict:
     # Without software pipelining: its prefetching costs registers, and the lists are short.
-    return {"ROWS": shape.rows, "PAIRS": shape.pairs, "num_warps": shape.warps, "num_stages": 1}
+    return {
+        "TURNS": shape.turns,
+        "ROWS": shape.rows,
+        "PAIRS": shape.pairs,
+        "num_warps": shape.warps,
+        "num_stages": 1,
+    }
 
 
 def _blocks_in_tile_mode(in_tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocks in tile mode, first in their row of (B * H, blocks), and how many they are, (B * H,)."""
+    """The blocks, those in tile mode first in their row of (B * H, blocks), and how many they are, (B * H,)."""
     block_list = torch.empty_like(in_tiles)
     block_count = in_tiles.new_empty(in_tiles.shape[0])
     list_blocks_kernel[(in_tiles.shape[0],)](in_tiles, block_list, block_count, in_tiles.shape[1], AT_ONCE=256)
@@ -131,7 +137,7 @@ def entmax_attention_forward(
     """q (B, H, Tq, D); k, v (B, G, Tk, D), last stride 1; start, stop (B, H, Tq) int32; alpha (H,); slopes (B, H).
 
     Returns out and mean (as q), tau (B, H, Tq), and the support: keys (slabs of the blocks), first and count (B, H, Tq),
-    in_tiles (B * H, blocks), block_range (B * H, blocks, 2).
+    in_tiles (B * H, blocks), block_range (B * H, blocks, 4).
     """
     batch, heads, groups, query_length, key_length, dim, tiles, blocks = _shapes(q, k)
     out, mean, tau, keys, first, count, in_tiles, block_range = _empty_outputs(q, k, keys_per_query)
@@ -160,7 +166,7 @@ def entmax_attention_forward(
     del records
     lists = list_shapes(dim)["forward"]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-    rows_forward_kernel[(triton.cdiv(query_length, lists.rows), batch * heads)](
+    rows_forward_kernel[(triton.cdiv(query_length, lists.rows * lists.turns), batch * heads)](
         q, k, v, alpha, *positions, keys, first, count, in_tiles, bound,
         torch.empty_like(keys, dtype=torch.float32),
         out, mean, tau,
@@ -168,10 +174,10 @@ def entmax_attention_forward(
         BLOCK_M=shape.block_m, **_on_lists(lists), **common,
     )  # fmt: skip
     block_list, block_count = _blocks_in_tile_mode(in_tiles)
-    tiles_forward_kernel[(blocks, batch * heads)](
+    tiles_forward_kernel[(blocks * shape.block_m // tiles["forward"].block_m, batch * heads)](
         q, k, v, start, stop, alpha, *positions, block_list, block_count, bound, out, mean, tau,
         scale, *strides, *ranges, heads, ratio, query_length, key_length, blocks,
-        **common, **_dense(q, tiles["forward"]),
+        QUERY_BLOCK=shape.block_m, **common, **_dense(q, tiles["forward"]),
     )  # fmt: skip
     return out, mean, tau, keys, first, count, in_tiles, block_range
 
@@ -219,16 +225,16 @@ def entmax_attention_backward(
     d_alpha = torch.empty_like(tau) if alpha_gradient else tau.new_empty(1)
     column_count = q.new_zeros((batch * groups, key_length), dtype=torch.int32)
     lists = list_shapes(dim)
-    rows_backward_kernel[(triton.cdiv(query_length, lists["backward"].rows), batch * heads)](
+    rows_backward_kernel[(triton.cdiv(query_length, lists["backward"].rows * lists["backward"].turns), batch * heads)](
         q, k, v, alpha, *positions, keys, first, count, in_tiles, tau, mean, d_out, delta, column_count, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], heads, ratio, query_length, key_length, blocks, capacity,
         BLOCK_M=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **_on_lists(lists["backward"]), **common,
     )  # fmt: skip
     block_list, block_count = _blocks_in_tile_mode(in_tiles)
-    tiles_backward_rows_kernel[(blocks, batch * heads)](
+    tiles_backward_rows_kernel[(blocks * tiles["collect"].block_m // tiles["rows"].block_m, batch * heads)](
         q, k, v, start, stop, alpha, *positions, block_list, block_count, tau, mean, d_out, delta, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], *ranges, heads, ratio, query_length, key_length, blocks,
-        ALPHA_GRADIENT=alpha_gradient, **common, **_dense(q, tiles["rows"]),
+        QUERY_BLOCK=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **common, **_dense(q, tiles["rows"]),
     )  # fmt: skip
 
     region = ratio * blocks * capacity  # entries of one (batch, key head)
@@ -238,29 +244,37 @@ def entmax_attention_backward(
     sinks = q.new_empty((batch * groups, sinks_at_most), dtype=torch.int32)
     sink_count = q.new_empty(batch * groups, dtype=torch.int32)
     lay_out_columns_kernel[(batch * groups,)](
-        column_count, cursor, sinks, sink_count, key_length, region, sinks_at_most, LONGEST_COLUMN, AT_ONCE=1024
+        column_count, cursor, sinks, sink_count, key_length, region, sinks_at_most, LONGEST_COLUMN, AT_ONCE=4096, num_warps=8
     )
-    transpose_kernel[(triton.cdiv(query_length, lists["transpose"].rows), batch * heads)](
+    transpose_kernel[(triton.cdiv(query_length, lists["transpose"].rows * lists["transpose"].turns), batch * heads)](
         keys, first, count, in_tiles, cursor, queries,
         heads, ratio, query_length, key_length, blocks, capacity, LONGEST_COLUMN,
         BLOCK_M=tiles["collect"].block_m, **_on_lists(lists["transpose"]),
     )  # fmt: skip
     columns = batch * groups * key_length
-    sort_columns_kernel[(triton.cdiv(columns, lists["sort"].rows),)](
-        cursor, queries, columns, LONGEST_COLUMN, COLUMNS=lists["sort"].rows, num_warps=lists["sort"].warps
+    sort = lists["sort"]
+    sort_columns_kernel[(triton.cdiv(columns, sort.rows * sort.turns),)](
+        cursor, queries, columns, LONGEST_COLUMN, TURNS=sort.turns, COLUMNS=sort.rows, num_warps=sort.warps
     )
     outputs = (*dk.stride()[:3], *dv.stride()[:3])
-    columns_backward_kernel[(triton.cdiv(key_length, lists["backward"].rows), batch * groups)](
+    columns_backward_kernel[(triton.cdiv(key_length, lists["columns"].rows * lists["columns"].turns), batch * groups)](
         q, k, v, alpha, *positions, cursor, queries, tau, delta, d_out, dk, dv,
-        scale, *inputs, *outputs, groups, ratio, query_length, key_length, **_on_lists(lists["backward"]), **common,
+        scale, *inputs, *outputs, groups, ratio, query_length, key_length, **_on_lists(lists["columns"]), **common,
     )  # fmt: skip
-    for of_sinks, columns in ((True, sinks_at_most), (False, key_length)):
-        shape = tiles["sinks" if of_sinks else "columns"]
-        tiles_backward_columns_kernel[(triton.cdiv(columns, shape.block_n), batch * groups)](
-            q, k, v, start, stop, alpha, *positions, block_list, block_count, block_range, in_tiles, sinks, sink_count,
-            tau, delta, d_out, dk, dv,
-            scale, *inputs, *outputs, *ranges, groups, ratio, query_length, key_length, blocks, sinks_at_most,
-            OF_SINKS=of_sinks, QUERY_BLOCK=tiles["collect"].block_m, **common, **_dense(q, shape),
+    shape = tiles["sinks"]
+    slots = triton.cdiv(_slots(q.device, shape.warps), batch * groups)
+    partial = tau.new_empty((batch * groups, slots, 2, shape.block_n, block_dim(dim)))
+    arrived = q.new_zeros((batch * groups, slots), dtype=torch.int32)
+    for of_sinks, programs in (
+        (True, max(slots, triton.cdiv(sinks_at_most, shape.block_n))),
+        (False, triton.cdiv(key_length, tiles["columns"].block_n)),
+    ):
+        tiles_backward_columns_kernel[(programs, batch * groups)](
+            q, k, v, start, stop, alpha, *positions, block_list, block_count, block_range, sinks, sink_count,
+            partial, arrived, tau, delta, d_out, dk, dv,
+            scale, *inputs, *outputs, *ranges, groups, ratio, query_length, key_length, blocks, sinks_at_most, slots,
+            OF_SINKS=of_sinks, QUERY_BLOCK=tiles["collect"].block_m,
+            **common, **_dense(q, tiles["sinks" if of_sinks else "columns"]),
         )  # fmt: skip
     return dq, dk, dv, d_alpha.sum((0, 2)) if alpha_gradient else tau.new_empty(0)
 

@@ -1,7 +1,7 @@
 """Entmax attention on whole tiles, for what is too dense for lists: blocks of queries with a large support, and sink keys.
 
-The same mathematics as on lists, on tensor cores. BLOCKS (B * H, blocks) names the query blocks in tile mode, the first
-BLOCK_COUNT[B * H] of them.
+The same mathematics as on lists, on tensor cores. BLOCKS (B * H, blocks) names the query blocks, the first
+BLOCK_COUNT[B * H] of them in tile mode.
 """
 
 from __future__ import annotations
@@ -9,22 +9,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import entmax_weights, halley_step, largest, load_rows, load_tile, newton_step, score_tile, visible_tiles
+from ..jit import (
+    entmax_weights,
+    halley_step,
+    largest,
+    load_per_row,
+    load_rows,
+    load_tile,
+    newton_step,
+    score_tile,
+    seeing_blocks,
+    visible_tiles,
+)
 
 NEWTON_STEPS = tl.constexpr(16)  # at most; two or three are usual
 
 
 @triton.jit
 def list_blocks_kernel(IN_TILES, BLOCKS, BLOCK_COUNT, blocks, AT_ONCE: tl.constexpr):
-    """The blocks of one (batch, head) that are in tile mode, in ascending order, and how many they are."""
+    """The blocks of one (batch, head): those in tile mode, and after them the others, each in ascending order.
+
+    BLOCK_COUNT: how many are in tile mode.
+    """
     bh = tl.program_id(0)
+    in_tiles = 0
+    for begin in range(0, blocks, AT_ONCE):
+        block = begin + tl.arange(0, AT_ONCE)
+        in_tiles += tl.sum(tl.load(IN_TILES + bh * blocks + block, mask=block < blocks, other=0), 0)
+    tl.store(BLOCK_COUNT + bh, in_tiles)
     listed = 0
     for begin in range(0, blocks, AT_ONCE):
         block = begin + tl.arange(0, AT_ONCE)
         flag = tl.load(IN_TILES + bh * blocks + block, mask=block < blocks, other=0)
-        tl.store(BLOCKS + bh * blocks + listed + tl.cumsum(flag, 0) - flag, block, mask=flag > 0)
+        before = listed + tl.cumsum(flag, 0) - flag
+        to = tl.where(flag > 0, before, in_tiles + block - before)
+        tl.store(BLOCKS + bh * blocks + to, block, mask=block < blocks)
         listed += tl.sum(flag, 0)
-    tl.store(BLOCK_COUNT + bh, listed)
 
 
 @triton.jit
@@ -32,7 +52,7 @@ def tiles_forward_kernel(
     Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BOUND, OUT, MEAN, TAU,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, range_b, range_h,
     heads, ratio, query_length, key_length, blocks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Refines the bound to the threshold, then tau, out and the u-weighted mean of v in one pass.
@@ -41,12 +61,16 @@ def tiles_forward_kernel(
     dp/dt = -r u, out = sum p v - r e sum u v, up to terms in e squared.
     """
     bh = tl.program_id(1)
-    if tl.program_id(0) < tl.load(BLOCK_COUNT + bh):
-        block = tl.load(BLOCKS + bh * blocks + tl.program_id(0))
+    PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
+    listed_at = (
+        tl.load(BLOCK_COUNT + bh) - 1 - tl.program_id(0) // PARTS
+    )  # the last first: causal, they have most to do
+    if listed_at >= 0:
+        block = tl.load(BLOCKS + bh * blocks + listed_at)
         b = (bh // heads).to(tl.int64)
         h = bh % heads
         group = (h // ratio).to(tl.int64)
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = block * QUERY_BLOCK + tl.program_id(0) % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
         inside = row < query_length
@@ -157,18 +181,22 @@ def tiles_backward_rows_kernel(
     DELTA, DQ, D_ALPHA,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dq_b, dq_h, dq_t, range_b, range_h,
     heads, ratio, query_length, key_length, blocks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, ALPHA_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq, delta and the rows' shares of the gradient for alpha."""
     bh = tl.program_id(1)
-    if tl.program_id(0) < tl.load(BLOCK_COUNT + bh):
-        block = tl.load(BLOCKS + bh * blocks + tl.program_id(0))
+    PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
+    listed_at = (
+        tl.load(BLOCK_COUNT + bh) - 1 - tl.program_id(0) // PARTS
+    )  # the last first: causal, they have most to do
+    if listed_at >= 0:
+        block = tl.load(BLOCKS + bh * blocks + listed_at)
         b = (bh // heads).to(tl.int64)
         h = bh % heads
         group = (h // ratio).to(tl.int64)
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = block * QUERY_BLOCK + tl.program_id(0) % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
         inside = row < query_length
@@ -239,21 +267,34 @@ def tiles_backward_rows_kernel(
 
 @triton.jit
 def tiles_backward_columns_kernel(
-    Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BLOCK_RANGE, IN_TILES, SINKS, SINK_COUNT,
-    TAU, DELTA, D_OUT, DK, DV,
+    Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BLOCK_RANGE, SINKS, SINK_COUNT,
+    PARTIAL, ARRIVED, TAU, DELTA, D_OUT, DK, DV,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    range_b, range_h, groups, ratio, query_length, key_length, blocks, sinks_at_most,
+    range_b, range_h, groups, ratio, query_length, key_length, blocks, sinks_at_most, slots,
     OF_SINKS: tl.constexpr, QUERY_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dk and dv what the lists left out: all keys with the blocks in tile mode, or the sinks with the others."""
+    """Adds to dk and dv what the lists left out: all keys with the blocks in tile mode, or the sinks with the others.
+
+    A few tiles of sinks would keep a few programs busy for long. So `slots` programs of one (batch, key head) share them,
+    each with a part of the queries and a sum in PARTIAL (B * G, slots, 2, BLOCK_N, BLOCK_D); the last of a tile to arrive,
+    as counted in ARRIVED (B * G, slots), adds them up, always in the same order.
+    """
     bg = tl.program_id(1)
     b = (bg // groups).to(tl.int64)
     group = (bg % groups).to(tl.int64)
-    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tl.program_id(0)
+    share = 0
+    shares = 1
     if OF_SINKS:
-        work = tl.load(SINK_COUNT + bg) - tl.program_id(0) * BLOCK_N
-        present = place < tl.load(SINK_COUNT + bg)
+        sinks = tl.load(SINK_COUNT + bg)
+        shares = tl.maximum(slots // tl.maximum(tl.cdiv(sinks, BLOCK_N), 1), 1)
+        share = tile % shares
+        tile = tile // shares
+    place = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if OF_SINKS:
+        work = sinks - tile * BLOCK_N
+        present = place < sinks
         key = tl.load(SINKS + bg.to(tl.int64) * sinks_at_most + place, mask=present, other=0)
     else:
         work = 0
@@ -269,71 +310,87 @@ def tiles_backward_columns_kernel(
         k = load_rows(K, b, group, key, present, k_b, k_h, k_t, d, D, BLOCK_D)
         v = load_rows(V, b, group, key, present, v_b, v_h, v_t, d, D, BLOCK_D)
         first_key = tl.min(tl.where(present, key, key_length), 0)
-        last_key = tl.max(key, 0)
+        end_key = tl.max(tl.where(present, key, 0), 0) + 1
         key_position = key
         if HAS_ALIBI:
             key_at = (b * groups + group) * key_length + key
             key_position = tl.load(KEY_POSITION + key_at, mask=present, other=0)
+        PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for local in range(0, ratio):
-            bh = bg * ratio + local
-            h = (group * ratio + local).to(tl.int64)
+            bh = (bg * ratio + local).to(tl.int64)
+            h = group * ratio + local
             alpha = tl.load(ALPHA + h).to(tl.float32)
             z_scale = (alpha - 1.0) * scale
             r = 1.0 / (alpha - 1.0)
             slope = 0.0
             if HAS_ALIBI:
                 slope = tl.load(SLOPES + bh) / scale
-            todo = blocks
-            if not OF_SINKS:
-                todo = tl.load(BLOCK_COUNT + bh)
-            # from the first to the last block that sees any of these keys
-            lo = todo
-            hi = 0
-            for begin in range(0, todo, 128):
-                index = begin + tl.arange(0, 128)
-                live = index < todo
-                block = index
-                if not OF_SINKS:
-                    block = tl.load(BLOCKS + bh * blocks + index, mask=live, other=0)
-                block_at = 2 * (bh * blocks + block)
-                live = live & (tl.load(BLOCK_RANGE + block_at, mask=live, other=0) <= last_key)
-                live = live & (tl.load(BLOCK_RANGE + block_at + 1, mask=live, other=0) > first_key)
-                lo = tl.minimum(lo, tl.min(tl.where(live, index, todo), 0))
-                hi = tl.maximum(hi, tl.max(tl.where(live, index + 1, 0), 0))
-            PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
-            for step in tl.range(0, (hi - lo) * PARTS, num_stages=STAGES):
-                block = lo + step // PARTS
-                if not OF_SINKS:
-                    block = tl.load(BLOCKS + bh * blocks + block)
-                row = block * QUERY_BLOCK + step % PARTS * BLOCK_M + m
-                inside = row < query_length
-                range_at = b * range_b + h * range_h + row
-                start = tl.load(START + range_at, mask=inside, other=0)
-                stop = tl.load(STOP + range_at, mask=inside, other=0)
-                if OF_SINKS:  # rows in tile mode are not the sinks' business
-                    stop = tl.where(tl.load(IN_TILES + bh * blocks + block) == 0, stop, 0)
-                at = bh.to(tl.int64) * query_length + row
-                q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D)
-                d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D)
-                tau = tl.load(TAU + at, mask=inside, other=0.0)
-                delta = tl.load(DELTA + at, mask=inside, other=0.0)
-                query_position = row
-                if HAS_ALIBI:
-                    query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
-                raw = score_tile(k, tl.trans(q), key_position, query_position, slope, HAS_ALIBI, PRECISION)
-                visible = (key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :])
-                distance = tl.where(visible, raw * z_scale - tau[None, :], 0.0)  # (N, M)
-                p, u = entmax_weights(distance, r, FORMULA)
-                dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
-                dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-                ds = u * (dp - delta[None, :])
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        full = present[:, None] & in_dim
-        dk_at = DK + b * dk_b + group * dk_h + wide_key * dk_t + d[None, :]
-        dv_at = DV + b * dv_b + group * dv_h + wide_key * dv_t + d[None, :]
-        dk = dk * scale + tl.load(dk_at, mask=full, other=0.0).to(tl.float32)
-        dv += tl.load(dv_at, mask=full, other=0.0).to(tl.float32)
-        tl.store(dk_at, dk.to(DK.dtype.element_ty), mask=full)
-        tl.store(dv_at, dv.to(DV.dtype.element_ty), mask=full)
+            in_tiles = tl.load(BLOCK_COUNT + bh)
+            listed = BLOCKS + bh * blocks + (in_tiles if OF_SINKS else 0)
+            todo = blocks - in_tiles if OF_SINKS else in_tiles
+            lo, full_lo, full_hi, hi, full_block = seeing_blocks(
+                BLOCK_RANGE + bh * blocks * 4, listed, todo, query_length // QUERY_BLOCK, first_key, end_key
+            )
+            q_at = Q + b * q_b + h * q_h + m[:, None].to(tl.int64) * q_t + d[None, :]
+            o_at = D_OUT + b * o_b + h * o_h + m[:, None].to(tl.int64) * o_t + d[None, :]
+            left = (full_lo - lo) * PARTS
+            for edges in tl.static_range(
+                2
+            ):  # the run of blocks that see all of the keys, then those before and after it
+                count = left + (hi - full_hi) * PARTS if edges else (full_hi - full_lo) * PARTS
+                for step in tl.range(count * share // shares, count * (share + 1) // shares, num_stages=STAGES):
+                    part = full_block * PARTS + step
+                    if edges:
+                        part = tl.where(step < left, lo * PARTS + step, full_hi * PARTS + step - left)
+                        part = tl.load(listed + part // PARTS) * PARTS + part % PARTS
+                    row = part * BLOCK_M + m
+                    inside = row < query_length if edges else None
+                    shift = (part * BLOCK_M).to(tl.int64)
+                    q = load_tile(q_at + shift * q_t, in_dim, inside[:, None] if edges else None, D == BLOCK_D)
+                    d_out = load_tile(o_at + shift * o_t, in_dim, inside[:, None] if edges else None, D == BLOCK_D)
+                    at = bh * query_length + row
+                    tau = load_per_row(TAU + at, inside, 0.0)
+                    delta = load_per_row(DELTA + at, inside, 0.0)
+                    query_position = row
+                    if HAS_ALIBI:
+                        query_position = load_per_row(QUERY_POSITION + at, inside, 0)
+                    raw = score_tile(k, tl.trans(q), key_position, query_position, slope, HAS_ALIBI, PRECISION)
+                    distance = raw * z_scale - tau[None, :]  # (N, M)
+                    if edges:
+                        range_at = b * range_b + h * range_h + row
+                        start = tl.load(START + range_at, mask=inside, other=0)
+                        stop = tl.load(STOP + range_at, mask=inside, other=0)
+                        visible = (key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :])
+                        distance = tl.where(visible, distance, 0.0)
+                    p, u = entmax_weights(distance, r, FORMULA)
+                    dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+                    dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+                    ds = u * (dp - delta[None, :])
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        last = True
+        if OF_SINKS:
+            if shares > 1:
+                n = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + d[None, :]
+                first_slot = (bg * slots + tile * shares).to(tl.int64) * (2 * BLOCK_N * BLOCK_D)
+                own = first_slot + share * (2 * BLOCK_N * BLOCK_D) + n
+                tl.store(PARTIAL + own, dk)
+                tl.store(PARTIAL + own + BLOCK_N * BLOCK_D, dv)
+                tl.debug_barrier()
+                last = tl.atomic_add(ARRIVED + bg * slots + tile, 1) == shares - 1
+                if last:
+                    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                    for other in range(0, shares):
+                        at = first_slot + other * (2 * BLOCK_N * BLOCK_D) + n
+                        dk += tl.load(PARTIAL + at, cache_modifier=".cg")
+                        dv += tl.load(PARTIAL + at + BLOCK_N * BLOCK_D, cache_modifier=".cg")
+        if last:
+            full = present[:, None] & in_dim
+            dk_at = DK + b * dk_b + group * dk_h + wide_key * dk_t + d[None, :]
+            dv_at = DV + b * dv_b + group * dv_h + wide_key * dv_t + d[None, :]
+            dk = dk * scale + tl.load(dk_at, mask=full, other=0.0).to(tl.float32)
+            dv += tl.load(dv_at, mask=full, other=0.0).to(tl.float32)
+            tl.store(dk_at, dk.to(DK.dtype.element_ty), mask=full)
+            tl.store(dv_at, dv.to(DV.dtype.element_ty), mask=full)

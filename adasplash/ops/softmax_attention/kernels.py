@@ -11,20 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import load_rows, load_tile, score_tile, visible_tiles
+from ..jit import load_per_row, load_rows, load_tile, score_tile, seeing_blocks, store_block_range, visible_tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e)), and exp2 is what the hardware has
 LOWEST = tl.constexpr(-3.0e38)  # where a row's maximum starts: finite, since -inf - -inf is NaN
 UNSEEING = tl.constexpr(float("inf"))  # kept for rows that see no key: all their weights are exp2(z - inf) = 0
-
-
-@triton.jit
-def load_per_row(pointers, inside, outside):
-    """One value per row; `outside` where not inside; inside None: all rows are."""
-    if inside is None:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=inside, other=outside)
 
 
 @triton.jit
@@ -50,11 +41,7 @@ def softmax_forward_kernel(
     start = tl.load(START + range_at, mask=inside, other=0)
     stop = tl.load(STOP + range_at, mask=inside, other=0)
     seeing = stop > start
-    block_at = BLOCK_RANGE + (bh.to(tl.int64) * blocks + block) * 4
-    tl.store(block_at, tl.min(tl.where(seeing, start, key_length), 0))
-    tl.store(block_at + 1, tl.max(tl.where(seeing, stop, 0), 0))
-    tl.store(block_at + 2, tl.max(tl.where(seeing, start, 0), 0))
-    tl.store(block_at + 3, tl.min(tl.where(seeing, stop, key_length), 0))
+    store_block_range(BLOCK_RANGE, bh * blocks + block, start, stop, key_length)
     first, full_first, full_last, last = visible_tiles(start, stop, key_length, BLOCK_N)
 
     q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D)
@@ -179,36 +166,6 @@ def softmax_backward_rows_kernel(
 
 
 @triton.jit
-def seeing_blocks(BLOCK_RANGE, blocks, whole_blocks, first_key, end_key):
-    """Query blocks [lo, hi) that see keys of [first_key, end_key), and [full_lo, full_hi) in it all rows of which see all.
-
-    BLOCK_RANGE (blocks, 4) of one head: first key and end of what some row sees, then of what all see. Of a block past
-    whole_blocks not all rows exist. Ranges that move on with the queries have one run of full blocks; of others the first
-    run is taken.
-    """
-    lo = blocks
-    hi = 0
-    full_lo = blocks
-    full_hi = blocks
-    for begin in range(0, blocks, 128):
-        index = begin + tl.arange(0, 128)
-        here = index < blocks
-        at = BLOCK_RANGE + index * 4
-        live = here & (tl.load(at, mask=here, other=0) < end_key)
-        live = live & (tl.load(at + 1, mask=here, other=0) > first_key)
-        full = (index < whole_blocks) & (tl.load(at + 2, mask=here, other=0) <= first_key)
-        full = full & (tl.load(at + 3, mask=here, other=0) >= end_key)
-        lo = tl.minimum(lo, tl.min(tl.where(live, index, blocks), 0))
-        hi = tl.maximum(hi, tl.max(tl.where(live, index + 1, 0), 0))
-        full_lo = tl.minimum(full_lo, tl.min(tl.where(live & full, index, blocks), 0))
-        full_hi = tl.minimum(full_hi, tl.min(tl.where((index > full_lo) & (full == 0), index, blocks), 0))
-    lo = tl.minimum(lo, hi)
-    full_lo = tl.minimum(full_lo, hi)
-    full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
-    return lo, full_lo, full_hi, hi
-
-
-@triton.jit
 def softmax_backward_columns_kernel(
     Q, K, V, START, STOP, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCK_RANGE, LSE, DELTA, D_OUT, DK, DV,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
@@ -248,8 +205,8 @@ def softmax_backward_columns_kernel(
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(SLOPES + bh) / scale
-        lo, full_lo, full_hi, hi = seeing_blocks(
-            BLOCK_RANGE + bh * blocks * 4, blocks, query_length // QUERY_BLOCK, first_key, end_key
+        lo, full_lo, full_hi, hi, _ = seeing_blocks(
+            BLOCK_RANGE + bh * blocks * 4, None, blocks, query_length // QUERY_BLOCK, first_key, end_key
         )
         q_at = Q + b * q_b + h * q_h + m[:, None].to(tl.int64) * q_t + d[None, :]
         o_at = D_OUT + b * o_b + h * o_h + m[:, None].to(tl.int64) * o_t + d[None, :]
