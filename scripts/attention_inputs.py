@@ -54,6 +54,19 @@ def make_inputs(spec: InputSpec, batch: int, heads: int, length: int, dim: int, 
     return q, k, v, torch.randn_like(q)
 
 
+def draw_documents(batch: int, length: int, documents: int, *, device="cuda", seed: int = 0) -> Tensor:
+    """Position ids (batch, length) of texts that are packed with so many documents each, of random lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.arange(length)
+    rows = []
+    for _ in range(batch):
+        cuts = torch.randperm(length - 1, generator=generator)[: documents - 1] + 1
+        begins = torch.zeros(length, dtype=torch.long)
+        begins[cuts] = cuts
+        rows.append(place - begins.cummax(0).values)
+    return torch.stack(rows).to(device)
+
+
 def scattered(batch: int, heads: int, length: int, dim: int, fresh: float, a: float, *, device="cuda", seed: int = 0):
     """q is the sum of a few keys times `a`, with noise; which ones: `copied_places`."""
     generator = torch.Generator(device).manual_seed(seed)

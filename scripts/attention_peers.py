@@ -6,6 +6,8 @@ process that runs AdaSplash-2, that name is another package.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ IMPLEMENTATIONS = {
 }
 ENTMAX = ("adasplash", "adasplash2")
 DEPENDS_ON_INPUT = (*ENTMAX, "hash_sparse")
+KNOW_DOCUMENTS = ("softmax", "fa2", "fa4")
 
 CHECKED_HEADS, CHECKED_QUERIES = 2, 256  # how many are compared with float64: the first heads, the last queries
 
@@ -70,8 +73,10 @@ def alpha_of(implementation: Implementation, default: float) -> float:
     return implementation.value if isinstance(implementation.value, float) else default
 
 
-def why_left_out(implementation: Implementation, folder: Path | None, alpha: float) -> str | None:
+def why_left_out(implementation: Implementation, folder: Path | None, alpha: float, documents: int = 1) -> str | None:
     """Why an implementation cannot be run here, None where it can; folder: of AdaSplash-2."""
+    if documents > 1 and implementation.kind not in KNOW_DOCUMENTS:
+        return f"of packed documents only {', '.join(KNOW_DOCUMENTS)} are timed"
     if implementation.kind == "fa4":
         try:
             import flash_attn.cute  # noqa: F401
@@ -104,8 +109,13 @@ class Call:
     allowed: Tensor | None = None
 
 
-def prepare(implementation: Implementation, q: Tensor, k: Tensor, v: Tensor, alpha: float) -> Call:
+def prepare(
+    implementation: Implementation, q: Tensor, k: Tensor, v: Tensor, alpha: float, positions: Tensor | None = None
+) -> Call:
+    """positions: position ids (B, T) of packed documents, which then do not see each other."""
     kind, value = implementation.kind, implementation.value
+    if positions is not None:
+        return prepare_documents(q, k, v, kind, positions)
     if kind == "adasplash":
         return prepare_adasplash(q, k, v, alpha, learned=value == "learned")
     if kind == "softmax":
@@ -197,3 +207,38 @@ def prepare_fa4(q: Tensor, k: Tensor, v: Tensor) -> Call:
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return Call(attend)
+
+
+def prepare_documents(q: Tensor, k: Tensor, v: Tensor, kind: str, positions: Tensor) -> Call:
+    document = (positions == 0).cumsum(-1)[0]
+    allowed = (document[-CHECKED_QUERIES:, None] == document)[None].expand(CHECKED_HEADS, -1, -1)
+    if kind == "softmax":
+        from adasplash import KeyRange, softmax_attention
+
+        key_range = KeyRange.documents(positions)
+        return Call(lambda: softmax_attention(q, k, v, key_range=key_range, implementation="triton"), allowed=allowed)
+    begins = (positions.flatten() == 0).nonzero().flatten()
+    bounds = torch.cat([begins, begins.new_tensor([positions.numel()])]).int()
+    longest = int(bounds.diff().max())
+    if kind == "fa4":
+        from flash_attn.cute import flash_attn_varlen_func
+
+        lengths = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        attend_packed = functools.partial(flash_attn_varlen_func, **lengths, causal=True)
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        lengths = {"cu_seq_q": bounds, "cu_seq_k": bounds, "max_q": longest, "max_k": longest}
+        newer = "window_size" in inspect.signature(varlen_attn).parameters
+        attend_packed = functools.partial(
+            varlen_attn, **lengths, **({"window_size": (-1, 0)} if newer else {"is_causal": True})
+        )
+    batch, heads, length, dim = q.shape
+
+    def attend() -> Tensor:
+        packed = (x.transpose(1, 2).reshape(batch * length, heads, dim) for x in (q, k, v))
+        out = attend_packed(*packed)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.view(batch, length, heads, dim).transpose(1, 2)
+
+    return Call(attend, allowed=allowed)

@@ -3,6 +3,7 @@
     python scripts/bench_attention.py
     python scripts/bench_attention.py --lengths 16384 --inputs scattered:.2:.8 --implementations adasplash,fa2
     python scripts/bench_attention.py --implementations adasplash,fa4,adasplash2 --adasplash2 FOLDER
+    python scripts/bench_attention.py --implementations softmax,fa2,fa4 --documents 8
 
 Inputs, the same for all, causal, bfloat16: see attention_inputs.py. Implementations:
 
@@ -16,7 +17,8 @@ Inputs, the same for all, causal, bfloat16: see attention_inputs.py. Implementat
     adasplash2                  AdaSplash-2 (package adasplash, of the same name as ours: it needs --adasplash2)
 
 Each is first compared with a float64 computation, on the very input that is timed: no time stands beside a wrong result.
-What does not depend on the input is timed once a length. MiB is the memory that forward and backward take on top of
+What does not depend on the input is timed once a length. With --documents the texts are packed with that many documents each,
+which do not see each other; fa2 and fa4 are then the kernels for sequences of different lengths. MiB is the memory that forward and backward take on top of
 q, k and v, output and gradients included.
 """
 
@@ -34,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_inputs import InputSpec, entmax_threshold, make_inputs, parse_input, sparsity
+from attention_inputs import InputSpec, draw_documents, entmax_threshold, make_inputs, parse_input, sparsity
 from attention_peers import (
     CHECKED_HEADS,
     CHECKED_QUERIES,
@@ -66,6 +68,7 @@ COLUMNS = {
     "implementation": "implementation",
     "heads": "heads",
     "dim": "head dim",
+    "documents": "documents",
     "alpha": "alpha",
     "forward_ms": "fwd ms",
     "backward_ms": "bwd ms",
@@ -76,7 +79,7 @@ COLUMNS = {
     "support": "support",
     "problem": "problem",
 }
-SAME = ("heads", "dim", "alpha")  # in the caption where they are the same in every row
+SAME = ("heads", "dim", "alpha", "documents")  # in the caption where they are the same in every row
 
 # ---------------------------------------------------------------------------------------------------------- correctness
 
@@ -158,6 +161,7 @@ def describe(implementation: Implementation, inputs: InputSpec, length: int, opt
         "batch": max(1, options.tokens // length),
         "heads": options.heads,
         "dim": options.dim,
+        "documents": options.documents,
         "alpha": alpha_of(implementation, options.alpha) if implementation.kind in ENTMAX else None,
     }
 
@@ -168,7 +172,8 @@ def measure(implementation: Implementation, inputs: InputSpec, length: int, opti
     try:
         q, k, v, out_gradient = make_inputs(inputs, row["batch"], options.heads, length, options.dim)
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        call = prepare(implementation, q, k, v, alpha)
+        positions = draw_documents(row["batch"], length, options.documents) if options.documents > 1 else None
+        call = prepare(implementation, q, k, v, alpha, positions)
         row["errors"] = errors(call, q, k, v, out_gradient, alpha)
         row["problem"] = what_is_wrong(row["errors"])
         if row["problem"] is None:
@@ -178,7 +183,7 @@ def measure(implementation: Implementation, inputs: InputSpec, length: int, opti
     except Exception as error:  # a peer may fail in ways of its own; the others shall still be timed
         row["problem"] = f"failed ({type(error).__name__}: {one_line(error)})"
     finally:
-        q = k = v = out_gradient = leaves = call = None
+        q = k = v = out_gradient = leaves = call = positions = None
         torch.cuda.empty_cache()
     return row
 
@@ -364,6 +369,12 @@ def parse_alpha(text: str) -> float:
     return alpha
 
 
+def parse_documents(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"Expected a number of documents of 1 or more, got '{text}'.")
+    return int(text)
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=listed(parse_length), default="8192,16384,65536")
@@ -377,6 +388,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--dim", type=int, default=64, help="of a head")
     parser.add_argument("--tokens", type=int, default=65536, help="the batch is tokens // length, at least 1")
+    parser.add_argument("--documents", type=parse_documents, default=1, help="packed into each text; default: 1")
     parser.add_argument("--alpha", type=parse_alpha, default=1.5, help="of adasplash where its name has none")
     parser.add_argument("--adasplash2", type=Path, metavar="FOLDER", help="the folder with the package of AdaSplash-2")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_attention"), help="default: %(default)s")
@@ -415,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from adasplash.evaluation.tables import print_tables
 
     for implementation in list(options.implementations):
-        if reason := why_left_out(implementation, options.adasplash2, options.alpha):
+        if reason := why_left_out(implementation, options.adasplash2, options.alpha, options.documents):
             print(f"{implementation.name} is left out: {reason}")
             options.implementations.remove(implementation)
     facts = read_facts(arguments)

@@ -1,6 +1,9 @@
-"""attention=flash: all keys in range, softmax, through the best fused kernel that PyTorch has on this machine."""
+"""attention=flash: all keys in range, softmax, through the best fused kernel that this machine has."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,8 @@ from ..ops.range_attention import alibi_bias, row_chunks
 from ..ops.softmax_attention import softmax_attention
 from .backend import AttentionBackend, announce
 
-# Fastest first, as measured on an H200 (forward + backward at 16k: cuDNN 13 ms, FlashAttention-2 21 ms).
+# Of PyTorch's, fastest first, as measured on an H200 (forward + backward at 16k: FlashAttention-4 11 ms, cuDNN 13 ms,
+# FlashAttention-2 21 ms).
 PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -30,6 +34,57 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: flo
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
+
+
+def pytorch_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
+    """The name of the kernel that `fused_attention` runs without a mask."""
+    if q.device.type != "cuda":
+        return f"PyTorch's fused attention on {q.device.type}"
+    asked = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
+    if torch.backends.cuda.can_use_cudnn_attention(asked):
+        return "cuDNN"
+    if torch.backends.cuda.can_use_flash_attention(asked):
+        return "FlashAttention-2"
+    return "PyTorch's fused attention on cuda"
+
+
+@functools.cache
+def flash_attention_4() -> Callable | None:
+    """The function of the package flash-attn-4; None where it is not installed, or cannot be loaded, which is announced."""
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # of any kind where versions do not fit
+        announce(f"attention=flash: flash-attn-4 is installed but cannot be loaded ({type(error).__name__}: {error}).")
+        return None
+    return flash_attn_func
+
+
+def flash_attention_4_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """For what it was tried with here: half precision and head dims 64 and 128 on Hopper, and not under torch.compile."""
+    return (
+        q.device.type == "cuda"
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] in (64, 128)
+        and min(q.shape[2], k.shape[2]) > 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
+    """Attention without a mask by the fastest kernel that there is: FlashAttention-4, else PyTorch's; says which."""
+    if flash_attention_4_fits(q, k, v) and (attend := flash_attention_4()):
+        announce("attention=flash: FlashAttention-4.")
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        by_place = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, D)
+        out = attend(*by_place, softmax_scale=scale, causal=causal, deterministic=deterministic)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+    if not torch.compiler.is_compiling():
+        announce(f"attention=flash: {pytorch_kernel(q, k, v, causal)}.")
+    return fused_attention(q, k, v, causal=causal, scale=scale)
 
 
 def _masked_chunk(q, k, v, start, stop, scale, slopes, first_query, first_key) -> Tensor:
@@ -75,9 +130,8 @@ class Flash(AttentionBackend):
         plain = key_range is None and self.slopes is None
         single = q.shape[2] == 1  # the one query at the end sees everything
         if self.options.implementation == "auto" and plain and (not causal or single or q.shape[2] == k.shape[2]):
-            announce(f"attention=flash: PyTorch's fused attention on {q.device.type}.")
             check_attention_inputs(q, k, v)
-            return fused_attention(q, k, v, causal=causal and not single, scale=resolve_scale(q, scale))
+            return dense_attention(q, k, v, causal=causal and not single, scale=resolve_scale(q, scale))
         if self.options.implementation != "auto" or why_no_kernels(q.device, q.dtype, self.head_dim) is None:
             return softmax_attention(
                 q,

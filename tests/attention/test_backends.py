@@ -136,6 +136,39 @@ def test_flash_reference_is_the_same_and_keeps_no_square_mask(monkeypatch):
     assert saved and max(saved) < 65 * 65
 
 
+def test_flash_takes_flash_attention_4_where_it_is_and_fits(monkeypatch, caplog):
+    asked = []
+
+    def flash_attn_func(q, k, v, *, softmax_scale, causal, deterministic):  # (B, T, H, D) like the package's
+        asked.append((softmax_scale, causal))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flash.fused_attention(q, k, v, causal=causal, scale=softmax_scale).transpose(1, 2), None
+
+    monkeypatch.setattr("adasplash.attention.backend._announced", set())
+    monkeypatch.setattr(flash, "flash_attention_4", lambda: flash_attn_func)
+    q, k, v = inputs()
+    expected = build("flash")(q, k, v, scale=0.3)
+    assert not asked and "FlashAttention-4" not in caplog.text  # not on this device
+    monkeypatch.setattr(flash, "flash_attention_4_fits", lambda q, k, v: True)
+    torch.testing.assert_close(build("flash")(q, k, v, scale=0.3), expected)
+    assert asked == [(0.3, True)] and "attention=flash: FlashAttention-4." in caplog.text
+
+
+@pytest.mark.gpu
+def test_flash_is_right_with_what_it_takes_here(caplog, monkeypatch):
+    monkeypatch.setattr("adasplash.attention.backend._announced", set())
+    backend = BACKENDS["flash"](backend_options("flash"), heads=4, key_heads=2, head_dim=64)
+    q, k, v = (torch.randn(2, h, 507, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
+    out = backend(q, k, v)
+    assert "attention=flash: " in caplog.text
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = dense_attention(*exact, causal_mask(507, 507).cuda(), alpha=1.0)
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+    got = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    for grad, want in zip(got, torch.autograd.grad(expected.square().sum(), exact), strict=True):
+        assert (grad.double() - want).norm() <= 2e-2 * want.norm()
+
+
 def test_flash_needs_no_mask_where_there_is_none(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("took the masked path")

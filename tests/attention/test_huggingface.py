@@ -413,3 +413,31 @@ def test_unknown_backend_and_option():
         adasplash.patch_attention(tiny("gpt2"), "adaspalsh")
     with pytest.raises(ValueError, match="Did you mean 'n_buckets'"):
         adasplash.patch_attention(tiny("gpt2"), "hash_sparse", buckets=4)
+
+
+@pytest.mark.gpu
+def test_training_with_kernels_overlays_the_reference():
+    """The loss curve on walks in steps of 1 and 2, done twice; the yardstick is what bfloat16 alone changes."""
+
+    def losses(implementation, dtype, steps=80, length=512):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("gpt2", **CONFIGS["gpt2"] | {"n_embd": 128, "n_positions": length})
+        model = AutoModelForCausalLM.from_config(config).cuda().train()
+        adasplash.patch_attention(model, "adasplash", implementation=implementation)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        curve = []
+        for _ in range(steps):
+            ids = torch.randint(1, 3, (8, length // 2), device="cuda").cumsum(-1).repeat(1, 2) % VOCABULARY
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.detach())
+        return torch.stack(curve)
+
+    exact = losses("reference", torch.float32)
+    allowed = (losses("reference", torch.bfloat16) - exact).abs().mean()
+    assert exact[-1] < 0.5 * exact[0]  # it learns something
+    assert (losses("triton", torch.float32) - exact).abs().mean() <= 2 * allowed + 1e-3
+    assert (losses("triton", torch.bfloat16) - exact).abs().mean() <= 2 * allowed + 1e-3

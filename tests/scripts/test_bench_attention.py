@@ -155,3 +155,22 @@ def test_a_peer_that_is_not_here_is_left_out_and_one_that_fails_says_so(tmp_path
     assert "alpha 1.5" in attention_peers.why_left_out(adasplash2, tmp_path, 2.0)
     assert attention_peers.why_left_out(adasplash2, tmp_path, 1.5) is None
     assert attention_peers.why_left_out(attention_peers.parse_implementation("fa2"), None, 1.5) is None
+
+
+def test_packed_documents_do_not_see_each_other():
+    q, k, v, _ = made("gaussian", batch=2)
+    positions = attention_inputs.draw_documents(2, 256, 5, device="cpu")
+    assert ((positions == 0).sum(-1) == 5).all() and positions.max() < 256
+    call = attention_peers.prepare_documents(q, k, v, "softmax", positions)
+    document = (positions == 0).cumsum(-1)
+    assert torch.equal(call.allowed[1], (document[0, :, None] == document[0])[-attention_peers.CHECKED_QUERIES :])
+    reason = attention_peers.why_left_out(attention_peers.parse_implementation("cudnn"), None, 1.5, documents=5)
+    assert "softmax, fa2, fa4" in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["softmax", "fa2"])
+def test_packed_documents_are_timed_by_what_is_right(name, tmp_path, capsys):
+    arguments = ["--lengths", "512", "--inputs", "gaussian", "--implementations", name, "--documents", "3"]
+    assert bench.main([*arguments, "--tokens", "1024", "--seconds-per-timing", ".01", "--out", str(tmp_path)]) == 0
+    assert " ms" in capsys.readouterr().out and "wrong" not in (tmp_path / "rows.jsonl").read_text()

@@ -244,7 +244,16 @@ def entmax_attention_backward(
     sinks = q.new_empty((batch * groups, sinks_at_most), dtype=torch.int32)
     sink_count = q.new_empty(batch * groups, dtype=torch.int32)
     lay_out_columns_kernel[(batch * groups,)](
-        column_count, cursor, sinks, sink_count, key_length, region, sinks_at_most, LONGEST_COLUMN, AT_ONCE=4096, num_warps=8
+        column_count,
+        cursor,
+        sinks,
+        sink_count,
+        key_length,
+        region,
+        sinks_at_most,
+        LONGEST_COLUMN,
+        AT_ONCE=4096,
+        num_warps=8,
     )
     transpose_kernel[(triton.cdiv(query_length, lists["transpose"].rows * lists["transpose"].turns), batch * heads)](
         keys, first, count, in_tiles, cursor, queries,
