@@ -9,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-# Which formula a kernel is built for: p = d ** r with d = z - tau and r = 1 / (alpha - 1).
+# Which formula a kernel is built for: p = d ** r with d = z - tau and r = 1 / (alpha - 1). It is r where products are enough.
 GENERAL = 0  # any 1 < alpha <= 2, read from a tensor
 LINEAR = 1  # alpha = 2
 QUADRATIC = 2  # alpha = 1.5
+QUARTIC = 4  # alpha = 1.25
 
 INTERPRETED = triton.knobs.runtime.interpret
 IN_PYTHON = tl.constexpr(INTERPRETED)
@@ -20,7 +21,7 @@ IN_PYTHON = tl.constexpr(INTERPRETED)
 
 def formula_of(alpha: float | None) -> int:
     """The kernels' formula for a known alpha; None: alpha is only known on the GPU."""
-    return {1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
+    return {1.25: QUARTIC, 1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
 
 
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -186,6 +187,9 @@ def entmax_weights(distance, r, FORMULA: tl.constexpr):
         return d * d, d
     elif FORMULA == 1:
         return d, tl.where(d > 0.0, 1.0, 0.0)
+    elif FORMULA == 4:
+        u = d * d * d
+        return u * d, u
     else:
         u = power(d, r - 1.0)
         return u * d, u
@@ -202,6 +206,8 @@ def newton_step(mass, slope, r, FORMULA: tl.constexpr):
         root = tl.sqrt(mass)
     elif FORMULA == 1:
         root = 1.0
+    elif FORMULA == 4:
+        root = tl.sqrt(mass) * tl.sqrt(tl.sqrt(mass))
     else:
         root = power(mass, 1.0 - 1.0 / r)
     return tl.where(slope > 0.0, (mass - root) / tl.maximum(slope, 1e-30), 0.0)
