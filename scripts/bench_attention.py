@@ -1,4 +1,4 @@
-"""Times attention, forward and backward, beside its peers: a table, JSON rows and a picture. Needs an NVIDIA GPU.
+"""Times attention, forward and backward, beside its peers: a table, JSON rows and pictures. Needs an NVIDIA GPU.
 
     python scripts/bench_attention.py
     python scripts/bench_attention.py --lengths 16384 --inputs scattered:.2:.8 --implementations adasplash,fa2
@@ -341,6 +341,39 @@ def plot(rows: Sequence[Row], path: Path) -> Path | None:
     return path
 
 
+def plot_lengths(rows: Sequence[Row], path: Path) -> Path | None:
+    """ms against length, a line for each implementation that was timed at several; of several inputs the first.
+
+    A kind has one colour; markers tell apart what follows the colon.
+    """
+    from adasplash.evaluation.plots import attention_colours, length_label, new_axes, readable_scale
+
+    lines = {}
+    for row in rows:
+        if row.get("sum_ms"):
+            lines.setdefault(row["implementation"], {}).setdefault(row["length"], row["sum_ms"])
+    lines = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    figure, axes = new_axes()
+    readable_scale(axes, "y", [ms for points in lines.values() for _, ms in points])
+    lengths = sorted({length for points in lines.values() for length, _ in points})
+    colours = attention_colours(name.split(":")[0] for name in lines)
+    markers = {kind: iter("os^Dvp*X") for kind in colours}
+    for name, points in sorted(lines.items(), key=lambda line: -line[1][-1][1]):
+        kind = name.split(":")[0]
+        style = {"color": colours[kind], "marker": next(markers[kind], "."), "markersize": 5.5, "linewidth": 1.3}
+        axes.plot(*zip(*points, strict=True), **style, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [length_label(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("length")
+    axes.set_ylabel("forward + backward, ms")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(path)
+    return path
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -445,9 +478,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measure_all(options, keep)
     if rows:
         print_tables([table(rows)])
-    picture = plot(rows, options.out / "attention.png")
+    pictures = plot(rows, options.out / "attention.png"), plot_lengths(rows, options.out / "lengths.png")
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(f"{len(rows)} rows -> {options.out / 'rows.jsonl'}" + (f", picture {picture}" if picture else ""))
+    print(", ".join([f"{len(rows)} rows -> {options.out / 'rows.jsonl'}", *(f"picture {x}" for x in pictures if x)]))
     return 0
 
 

@@ -146,6 +146,12 @@ def test_the_picture_needs_an_entmax_row(tmp_path):
     assert bench.plot(ROWS, tmp_path / "attention.png").stat().st_size > 1000
 
 
+def test_the_picture_of_lengths_needs_two_of_them(tmp_path):
+    longer = [row | {"length": 2 * row["length"]} for row in ROWS]
+    assert bench.plot_lengths(ROWS[:1], tmp_path / "lengths.png") is None
+    assert bench.plot_lengths(ROWS + longer, tmp_path / "lengths.png").stat().st_size > 1000
+
+
 def test_a_peer_that_is_not_here_is_left_out_and_one_that_fails_says_so(tmp_path):
     adasplash2 = attention_peers.parse_implementation("adasplash2")
     assert "--adasplash2" in attention_peers.why_left_out(adasplash2, None, 1.5)
