@@ -44,9 +44,9 @@ def candidates(kernel: str, table: dict[str, Tiles]) -> Iterator[Tiles]:
     now = table[part]
     yield now
     rows = [32, 64, 128]
-    if kernel in ("entmax.collect", "entmax.forward", "entmax.rows"):  # they share blocks of queries
+    if kernel == "entmax.collect":  # its blocks of queries are the others' measure
         rows = [now.block_m]
-    elif part in ("columns", "sinks"):  # these divide them
+    elif part in ("columns", "sinks") or kernel in ("entmax.forward", "entmax.rows"):  # these divide them
         whole = table["collect" if family == "entmax" else "forward"].block_m
         rows = [m for m in rows if whole % m == 0]
     elif kernel == "softmax.forward":

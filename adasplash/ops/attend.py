@@ -20,6 +20,8 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype, dim: int) -> str | 
     """Why the kernels cannot run for such tensors, or None where they can."""
     if device.type != "cuda":
         return "the kernels need a GPU"
+    if torch.version.hip:
+        return "the kernels are written for GPUs of NVIDIA"
     if not HAS_TRITON:
         return "the package triton is not installed"
     if torch.cuda.get_device_properties(device).major < 8:

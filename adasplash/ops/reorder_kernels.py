@@ -36,12 +36,12 @@ def hash_kernel(
 
     PARTS: for queries and for keys (X, BUCKETS, strides of X, heads, length).
     """
-    bh = tl.program_id(1)
+    bh = tl.program_id(0)
     for part in tl.static_range(len(PARTS)):
         X, BUCKETS, x_b, x_h, x_t, heads, length = PARTS[part]
         if (bh >= 0) & (bh < batch * heads):
             b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-            row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+            row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
             d = tl.arange(0, BLOCK_D)
             inside = row < length
             at = X + b * x_b + h * x_h + row[:, None].to(tl.int64) * x_t + d[None, :]
@@ -89,7 +89,7 @@ def count_kernel(
     KEPT: tl.constexpr, CHUNK: tl.constexpr, BUCKETS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """How often each bucket occurs in each chunk, (n_buckets, chunks) for each row, after a leading 0."""
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     buckets_at, length = pick_row(QUERY_BUCKETS, KEY_BUCKETS, row, query_rows, query_length, key_length)
     place = chunk * CHUNK + tl.arange(0, CHUNK)
     found = load_buckets(buckets_at + place, place < length, KEPT)
@@ -107,7 +107,7 @@ def place_kernel(
     KEPT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Writes each place of the text to its new place: where its chunk's bucket begins, plus its rank therein."""
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     buckets_at, length = pick_row(QUERY_BUCKETS, KEY_BUCKETS, row, query_rows, query_length, key_length)
     order_at, length = pick_row(QUERY_ORDER, KEY_ORDER, row, query_rows, query_length, key_length)
     within = tl.arange(0, CHUNK)
@@ -151,10 +151,10 @@ def range_kernel(
     QUERIES: tl.constexpr, KEPT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The range of new key places of each query, in the new order of queries."""
-    bh = tl.program_id(1)
+    bh = tl.program_id(0)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     bg = b * (heads // ratio) + h // ratio
-    at = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    at = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     inside = at < query_length
     query_row = bh.to(tl.int64) * query_length
     query = tl.load(QUERY_ORDER + query_row + at, mask=inside, other=0)
@@ -178,12 +178,12 @@ def rows_kernel(PARTS, batch, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, RESTORE
 
     PARTS: for each tensor (X, ORDER, COUNT, OUT, strides of X, strides of OUT, heads, length, dim).
     """
-    bh = tl.program_id(1)
+    bh = tl.program_id(0)
     for part in tl.static_range(len(PARTS)):
         X, ORDER, COUNT, OUT, x_b, x_h, x_t, out_b, out_h, out_t, heads, length, dim = PARTS[part]
         if (bh >= 0) & (bh < batch * heads):
             b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-            row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+            row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
             d = tl.arange(0, BLOCK_D)
             inside = row < length
             ordered = tl.load(ORDER + bh.to(tl.int64) * length + row, mask=inside, other=0).to(tl.int64)
@@ -213,7 +213,7 @@ def launch_hash(q: Tensor, k: Tensor, directions: Tensor) -> tuple[Tensor, Tenso
         x = last_contiguous(x)
         parts.append((x, x.new_empty(x.shape[:3], dtype=torch.int32), *x.stride()[:3], *x.shape[1:3]))
     rows = _rows_at_once(dim)
-    hash_kernel[(triton.cdiv(max(q.shape[2], k.shape[2]), rows), batch * (q.shape[1] + k.shape[1]))](
+    hash_kernel[(batch * (q.shape[1] + k.shape[1]), triton.cdiv(max(q.shape[2], k.shape[2]), rows))](
         tuple(parts), directions.float().mT.contiguous(), batch, groups, half,
         D=dim, BLOCK_D=block_dim(dim), ROWS=rows,
     )  # fmt: skip
@@ -257,15 +257,15 @@ def launch_sort(
     sizes = (query_rows, query_length, key_length, chunks, n_buckets)
     constants = {"KEPT": query_buckets.dtype == torch.bool, "CHUNK": CHUNK}
     counts = query_order.new_empty((rows, n_buckets * chunks + 1))
-    count_kernel[(chunks, rows, triton.cdiv(n_buckets, BUCKETS_AT_ONCE))](
+    count_kernel[(rows, chunks, triton.cdiv(n_buckets, BUCKETS_AT_ONCE))](
         query_buckets, key_buckets, counts, *sizes, BUCKETS_AT_ONCE=BUCKETS_AT_ONCE, **constants, num_warps=1
     )
     before = counts.cumsum(-1, dtype=torch.int32)
-    place_kernel[(chunks, rows)](
+    place_kernel[(rows, chunks)](
         query_buckets, key_buckets, before, query_order, key_order, query_count, key_count,
         *sizes, seeing_buckets, **constants, num_warps=1,
     )  # fmt: skip
-    range_kernel[(triton.cdiv(query_length, QUERIES_AT_ONCE), query_rows)](
+    range_kernel[(query_rows, triton.cdiv(query_length, QUERIES_AT_ONCE))](
         query_buckets, query_order, key_order, before, start, stop, new_start, new_stop,
         *start.stride(), heads, heads // groups, *sizes, seeing_buckets, QUERIES=QUERIES_AT_ONCE, **constants,
     )  # fmt: skip
@@ -328,7 +328,7 @@ def _copy_rows(tensors, orders, counts, heads_apart, *, restore: bool) -> tuple[
     batch = tensors[0].shape[0]
     heads, lengths, dims = zip(*(x.shape[1:] for x in tensors), strict=True)
     rows = _rows_at_once(max(dims))
-    rows_kernel[(triton.cdiv(max(lengths), rows), batch * sum(heads))](
+    rows_kernel[(batch * sum(heads), triton.cdiv(max(lengths), rows))](
         tuple(parts), batch, BLOCK_D=block_dim(max(dims)), ROWS=rows, RESTORE=restore
     )
     return outputs

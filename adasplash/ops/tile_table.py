@@ -67,6 +67,7 @@ class ListShape(NamedTuple):
     """Shape of a list kernel's programs: rows (or columns) side by side, pairs of each at a time, warps.
 
     turns: how often a program does so. Where blocks are in tile mode there is nothing to do, and fewer programs say so sooner.
+    rows * turns divides block_m of `collect`, but for columns.
     """
 
     rows: int

@@ -1,5 +1,7 @@
 """The kernels of entmax attention: under Triton's interpreter on small shapes, on a GPU also at full size."""
 
+import itertools
+
 import pytest
 import torch
 from dense_attention import dense_attention, dense_probabilities
@@ -8,7 +10,7 @@ from torch import Tensor
 from adasplash import KeyRange, entmax
 from adasplash.ops.checks import resolve_key_range
 from adasplash.ops.range_attention import range_attention, text_positions
-from adasplash.ops.tile_table import ListShape, list_shapes
+from adasplash.ops.tile_table import ListShape, entmax_tiles, list_shapes
 
 operator = pytest.importorskip("adasplash.ops.entmax_attention.operator", reason="needs triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,6 +182,27 @@ def test_what_is_not_finite_shows(road, monkeypatch):
     broken[0, 1, 20:50] = True
     assert torch.equal(out.isnan().all(-1), broken)
     torch.testing.assert_close(out[~broken], whole[~broken])
+
+
+@pytest.mark.parametrize("road", ["lists", "tiles", "both", "sinks"])
+def test_gradients_of_rows_that_are_not_finite(road, monkeypatch):
+    """They are NaN or nothing, but not numbers that look right."""
+    take(road, monkeypatch)
+    q, k, v, d_out = inputs(1, 1, 1, 70, 70, 16)
+    visible = resolve_key_range(q, k, None, True)
+    k[0, 0, 20] = torch.nan
+    d_out[:, :, :20] = 0.0  # all others see that key
+    attend = lambda q, k, v, alpha: operator.entmax_attention_kernels(q, k, v, visible, alpha=alpha, scale=0.25)
+    for gradient in gradients(attend, q, k, v, d_out, 1.5)[1:]:
+        assert (gradient.isnan() | (gradient == 0)).all()
+
+
+def test_shapes_of_programs_go_together():
+    for dim, dtype in itertools.product(range(1, 257), (torch.float32, torch.bfloat16, torch.float16)):
+        tiles, lists = entmax_tiles(dim, dtype), list_shapes(dim)
+        rows = [tiles[name].block_m for name in ("forward", "rows", "columns", "sinks")]
+        rows += [lists[name].rows * lists[name].turns for name in ("forward", "backward", "transpose")]
+        assert all(tiles["collect"].block_m % n == 0 for n in rows), (dim, dtype)
 
 
 @pytest.mark.parametrize("road", ["lists", "tiles"])

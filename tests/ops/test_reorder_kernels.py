@@ -365,3 +365,17 @@ def test_long_sequences(device):
     key_range = KeyRange.window(65_535, 5000, device=device).expand(2, 12)
     reordering = sort_by_bucket(buckets, buckets[:, ::3], key_range, 32)
     check_equal(reordering, reorder.sort_by_bucket(buckets, buckets[:, ::3], key_range))
+
+
+@pytest.mark.gpu
+def test_more_rows_than_one_axis_of_a_grid_holds(device):
+    q, k, v = torch.randn(3, 6000, 4, 3, 16, device=device).unbind()
+    kept = torch.rand(6000, 4, 3, device=device) > 0.5
+    ranges = KeyRange.causal(3, device=device).expand(6000, 4)
+    ours, theirs = (steps.compact_kept(kept, kept, ranges) for steps in (reorder_kernels, reorder))
+    assert torch.equal(ours.query_order.long(), theirs.query_order.long())
+    for x, y in zip(
+        reorder_kernels.reorder_inputs(q, k, v, ours), reorder.reorder_inputs(q, k, v, theirs), strict=True
+    ):
+        seen = torch.arange(3, device=device) < ours.query_count[..., None]
+        assert torch.equal(x[seen], y[seen])

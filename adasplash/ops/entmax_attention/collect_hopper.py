@@ -2,9 +2,9 @@
 
 In every layout here a row lies in one warp, so that values of rows change layouts without shared memory and barriers. And
 a block is looked at again, if that promises to help: bits are formed against the bound of the moment, which is loose at
-first, and so where many keys lie above the final bound, far more are marked. Such a block is mostly recognised after an
-eighth of its tiles, and the walk then starts again with the bound that these have given; a block that is recognised at
-its end, since its keys do not fit, is walked once more with the final bound.
+first, and so where many keys lie above the final bound, far more are marked. Such a block is mostly recognised by its
+first tiles, an eighth of a long walk, which then starts again with the bound that they have given. And where the keys do
+not fit in the end, there is one more walk with the final bound.
 """
 
 from __future__ import annotations
@@ -102,21 +102,10 @@ def start_first_copies(K, k_tiles, ready, turn, b, group, left, edges, tiles, fi
 
 @gluon.jit
 def mark_tile(
-    raw,
-    tile,
-    raising,
-    bound,
-    slope,
-    found,
-    margin,
-    z_scale,
-    r,
-    RECORDS,
-    entries,
-    FORMULA: gl.constexpr,
-    ROW: gl.constexpr,
-):
-    """As in collect.py."""
+    raw, tile, raising, bound, slope, found, margin, z_scale, r, RECORDS, entries,
+    FORMULA: gl.constexpr, ROW: gl.constexpr,
+):  # fmt: skip
+    """As in collect.py. Not raising: the tile has raised the bound before, and must not again."""
     BLOCK_M: gl.constexpr = raw.shape[0]
     HALVES: gl.constexpr = 2 if raw.shape[1] == 128 else 1
     EIGHTS: gl.constexpr = raw.shape[1] // (8 * HALVES)
@@ -153,12 +142,6 @@ def mark_tile(
     of_two = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, RECORD)))[None, None, :]
     gl.store(RECORDS + (to + (2 * word + of_two)), record, mask=to >= 0)
     return bound, slope, found + hit.to(gl.int32)
-
-
-@gluon.jit
-def entry_layout(num_warps: gl.constexpr, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr) -> gl.constexpr:
-    """Of (M, 4 entries, WIDTH): an entry in one thread."""
-    return gl.BlockedLayout([BLOCK_M // num_warps // 8, 1, WIDTH], [8, 4, 1], [num_warps, 1, 1], [2, 1, 0])
 
 
 @gluon.jit
@@ -375,20 +358,9 @@ def collect_hopper_kernel(
                         place = gl.load(key_position + column)
                         raw -= alibi * gl.abs(query_position[:, None] - place[None, :]).to(gl.float32)
                     bound, slope, found = mark_tile(
-                        raw,
-                        tile,
-                        j >= raise_from,
-                        bound,
-                        slope,
-                        found,
-                        margin,
-                        z_scale,
-                        r,
-                        RECORDS,
-                        entries,
-                        FORMULA,
-                        ROW,
-                    )
+                        raw, tile, j >= raise_from, bound, slope, found, margin, z_scale, r, RECORDS, entries,
+                        FORMULA, ROW,
+                    )  # fmt: skip
                 begin = end
                 more = end < tiles
                 if not trying or gl.sum(found, 0).to(gl.float32) > MANY_HITS * (BLOCK_M * end):

@@ -12,6 +12,8 @@ import triton.language as tl
 from ..jit import entmax_weights, load_rows, load_tile
 from .lists import pair_scores
 
+WIDEST_SORT = tl.constexpr(128)  # entries that one column is sorted among
+
 
 @triton.jit
 def lay_out_columns_kernel(
@@ -49,6 +51,7 @@ def transpose_kernel(
     Moves the begins in CURSOR to the ends. Columns above `longest` stay out: such sinks are cheaper as dense tiles.
     """
     bh = tl.program_id(1)
+    tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
     block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:
         c = tl.arange(0, PAIRS)
@@ -82,7 +85,7 @@ def sort_columns(QUERIES, begin, length, WIDTH: tl.constexpr):
 def sort_columns_kernel(CURSOR, QUERIES, columns, longest, TURNS: tl.constexpr, COLUMNS: tl.constexpr):
     """Puts the entries of each column in ascending order: what depends on the order of arrival ends here.
 
-    Turns the ends in CURSOR back into begins, and the lengths of columns above `longest` (at most 128) into 0.
+    Turns the ends in CURSOR back into begins, and the lengths of columns above `longest` (at most WIDEST_SORT) into 0.
     """
     for turn in range(0, TURNS):
         at = (tl.program_id(0).to(tl.int64) * TURNS + turn) * COLUMNS + tl.arange(0, COLUMNS)
@@ -94,7 +97,7 @@ def sort_columns_kernel(CURSOR, QUERIES, columns, longest, TURNS: tl.constexpr, 
         tl.store(CURSOR + 2 * at + 1, length, mask=inside)
         most = tl.max(length, 0)
         if most > 64:
-            sort_columns(QUERIES, begin, length, 128)
+            sort_columns(QUERIES, begin, length, WIDEST_SORT)
         elif most > 32:
             sort_columns(QUERIES, begin, length, 64)
         elif most > 16:

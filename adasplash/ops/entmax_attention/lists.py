@@ -77,6 +77,7 @@ def rows_forward_kernel(
     OUT and MEAN are (B, H, Tq, D) with strides out_*; Z is scratch shaped as KEYS.
     """
     bh = tl.program_id(1)
+    tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
     block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:
         b = (bh // heads).to(tl.int64)
@@ -140,7 +141,7 @@ def rows_forward_kernel(
                 tau += step
                 steps = tl.where(largest(tl.abs(step)) > 2e-7, steps + 1, NEWTON_STEPS)
             tau += top
-            tau = tl.where((count > 0) | (bound != bound), tau, float("inf"))  # of a row that sees nothing
+            tau = tl.where(count > 0, tau, float("inf"))  # a row without keys gives weight to none, in tiles either
 
             # what is not above the threshold leaves long lists before v is gathered
             if most > PAIRS:
@@ -160,19 +161,9 @@ def rows_forward_kernel(
                 count = tl.minimum(count, PAIRS + more)
                 most = tl.max(count, 0)
             out, mean, u_sum, kept = weigh_pairs(
-                first_key,
-                first_z - tau[:, None],
-                tl.zeros((ROWS,), tl.int32),
-                V,
-                KEYS,
-                first,
-                r,
-                v_t,
-                d,
-                D,
-                BLOCK_D,
-                FORMULA,
-            )
+                first_key, first_z - tau[:, None], tl.zeros((ROWS,), tl.int32),
+                V, KEYS, first, r, v_t, d, D, BLOCK_D, FORMULA,
+            )  # fmt: skip
             for begin in range(PAIRS, most, PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
                 place = first[:, None] + (begin + c)[None, :]
@@ -208,6 +199,7 @@ def rows_backward_kernel(
     DQ and MEAN have strides dq_*. D_ALPHA (B, H, Tq): the row's share of the gradient for alpha (Correia, Niculae and Martins 2019, Prop. 1).
     """
     bh = tl.program_id(1)
+    tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
     block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:
         b = (bh // heads).to(tl.int64)

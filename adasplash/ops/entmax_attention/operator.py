@@ -13,7 +13,7 @@ from ..jit import GENERAL, INTERPRETED, formula_of, kernel_operator, last_contig
 from ..key_range import KeyRange
 from ..tile_table import ListShape, Tiles, block_dim, entmax_tiles, list_shapes
 from .collect import collect_kernel, key_norm_kernel
-from .columns import columns_backward_kernel, lay_out_columns_kernel, sort_columns_kernel, transpose_kernel
+from .columns import WIDEST_SORT, columns_backward_kernel, lay_out_columns_kernel, sort_columns_kernel, transpose_kernel
 from .lists import rows_backward_kernel, rows_forward_kernel
 from .tiles import list_blocks_kernel, tiles_backward_columns_kernel, tiles_backward_rows_kernel, tiles_forward_kernel
 
@@ -24,7 +24,7 @@ ENTRIES = 128
 # Gluon is young, and Triton's compiler places barriers in it: only with versions that the kernel for Hopper was run with.
 TRITONS_FOR_HOPPER = ("3.6.",)
 # Longer columns of the transposed lists are computed as dense tiles: keys that very many queries attend to.
-LONGEST_COLUMN = 128
+LONGEST_COLUMN = WIDEST_SORT.value
 
 
 def _slots(device: torch.device, warps: int) -> int:
@@ -272,8 +272,9 @@ def entmax_attention_backward(
     )  # fmt: skip
     shape = tiles["sinks"]
     slots = triton.cdiv(_slots(q.device, shape.warps), batch * groups)
-    partial = tau.new_empty((batch * groups, slots, 2, shape.block_n, block_dim(dim)))
-    arrived = q.new_zeros((batch * groups, slots), dtype=torch.int32)
+    shared = batch * groups * slots if slots > 1 else 0
+    partial = tau.new_empty((shared, 2, shape.block_n, block_dim(dim)))
+    arrived = q.new_zeros(shared, dtype=torch.int32)
     for of_sinks, programs in (
         (True, max(slots, triton.cdiv(sinks_at_most, shape.block_n))),
         (False, triton.cdiv(key_length, tiles["columns"].block_n)),

@@ -1,7 +1,7 @@
 """Entmax attention on whole tiles, for what is too dense for lists: blocks of queries with a large support, and sink keys.
 
 The same mathematics as on lists, on tensor cores. BLOCKS (B * H, blocks) names the query blocks, the first
-BLOCK_COUNT[B * H] of them in tile mode.
+BLOCK_COUNT[B * H] of them in tile mode. Such a block has QUERY_BLOCK queries, and PARTS programs.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def tiles_forward_kernel(
     """
     bh = tl.program_id(1)
     PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
-    listed_at = (
-        tl.load(BLOCK_COUNT + bh) - 1 - tl.program_id(0) // PARTS
-    )  # the last first: causal, they have most to do
+    tl.static_assert(QUERY_BLOCK % BLOCK_M == 0, "a block is computed in equal parts")
+    # The last blocks first: under causal attention they have most to do.
+    listed_at = tl.load(BLOCK_COUNT + bh) - 1 - tl.program_id(0) // PARTS
     if listed_at >= 0:
         block = tl.load(BLOCKS + bh * blocks + listed_at)
         b = (bh // heads).to(tl.int64)
@@ -188,9 +188,9 @@ def tiles_backward_rows_kernel(
     """dq, delta and the rows' shares of the gradient for alpha."""
     bh = tl.program_id(1)
     PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
-    listed_at = (
-        tl.load(BLOCK_COUNT + bh) - 1 - tl.program_id(0) // PARTS
-    )  # the last first: causal, they have most to do
+    tl.static_assert(QUERY_BLOCK % BLOCK_M == 0, "a block is computed in equal parts")
+    # The last blocks first: under causal attention they have most to do.
+    listed_at = tl.load(BLOCK_COUNT + bh) - 1 - tl.program_id(0) // PARTS
     if listed_at >= 0:
         block = tl.load(BLOCKS + bh * blocks + listed_at)
         b = (bh // heads).to(tl.int64)
@@ -277,20 +277,21 @@ def tiles_backward_columns_kernel(
     """Adds to dk and dv what the lists left out: all keys with the blocks in tile mode, or the sinks with the others.
 
     A few tiles of sinks would keep a few programs busy for long. So `slots` programs of one (batch, key head) share them,
-    each with a part of the queries and a sum in PARTIAL (B * G, slots, 2, BLOCK_N, BLOCK_D); the last of a tile to arrive,
-    as counted in ARRIVED (B * G, slots), adds them up, always in the same order.
+    each with a part of the queries and a sum in PARTIAL (B * G * slots, 2, BLOCK_N, BLOCK_D); the last of a tile to arrive,
+    as counted in ARRIVED (B * G * slots,), adds them up, always in the same order.
     """
     bg = tl.program_id(1)
     b = (bg // groups).to(tl.int64)
     group = (bg % groups).to(tl.int64)
-    tile = tl.program_id(0)
+    program = tl.program_id(0)
+    tile = program
     share = 0
     shares = 1
     if OF_SINKS:
         sinks = tl.load(SINK_COUNT + bg)
         shares = tl.maximum(slots // tl.maximum(tl.cdiv(sinks, BLOCK_N), 1), 1)
-        share = tile % shares
-        tile = tile // shares
+        share = program % shares
+        tile = program // shares
     place = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if OF_SINKS:
         work = sinks - tile * BLOCK_N
@@ -336,9 +337,7 @@ def tiles_backward_columns_kernel(
             q_at = Q + b * q_b + h * q_h + m[:, None].to(tl.int64) * q_t + d[None, :]
             o_at = D_OUT + b * o_b + h * o_h + m[:, None].to(tl.int64) * o_t + d[None, :]
             left = (full_lo - lo) * PARTS
-            for edges in tl.static_range(
-                2
-            ):  # the run of blocks that see all of the keys, then those before and after it
+            for edges in tl.static_range(2):  # the run of blocks that see all the keys, then those before and after it
                 count = left + (hi - full_hi) * PARTS if edges else (full_hi - full_lo) * PARTS
                 for step in tl.range(count * share // shares, count * (share + 1) // shares, num_stages=STAGES):
                     part = full_block * PARTS + step
@@ -357,7 +356,7 @@ def tiles_backward_columns_kernel(
                     if HAS_ALIBI:
                         query_position = load_per_row(QUERY_POSITION + at, inside, 0)
                     raw = score_tile(k, tl.trans(q), key_position, query_position, slope, HAS_ALIBI, PRECISION)
-                    distance = raw * z_scale - tau[None, :]  # (N, M)
+                    distance = raw * z_scale - tau[None, :]  # (N, M); tau is inf where a row sees nothing
                     if edges:
                         range_at = b * range_b + h * range_h + row
                         start = tl.load(START + range_at, mask=inside, other=0)
