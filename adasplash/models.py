@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file
 
 from .attention import Options, backend_options
-from .attention.backend import announce
 from .attention.huggingface import SUBMODULE, attention_backends, configured_backend, patch_attention, register
+from .ops.announce import announce
 from .ops.checks import nearest
 from .ops.cross_entropy import summed_cross_entropy, token_cross_entropy
 from .ops.support_statistics import SupportStatistics

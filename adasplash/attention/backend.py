@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.announce import announce
 from ..ops.attend import IMPLEMENTATIONS, choose_implementation, why_no_kernels
 from ..ops.checks import check_choice, nearest, resolve_key_range, resolve_scale
 from ..ops.key_range import KeyRange
@@ -18,15 +18,6 @@ from ..ops.support_statistics import SupportStatistics, support_statistics, visi
 from .alibi import ALIBI_KINDS, alibi_slopes
 
 NORMALISERS = ("softmax", "entmax")
-
-_announced: set[str] = set()
-
-
-def announce(message: str) -> None:
-    """Says a thing once per process (a choice of implementation is never silent)."""
-    if message not in _announced:
-        _announced.add(message)
-        logging.getLogger("adasplash").warning(message)
 
 
 @dataclass(frozen=True, kw_only=True)

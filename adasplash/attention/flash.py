@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.announce import announce
 from ..ops.attend import why_no_kernels
 from ..ops.checks import check_attention_inputs, resolve_key_range, resolve_scale
 from ..ops.range_attention import alibi_bias, row_chunks
 from ..ops.softmax_attention import softmax_attention
-from .backend import AttentionBackend, announce
+from .backend import AttentionBackend
 
 # Of PyTorch's, fastest first, as measured on an H200 (forward + backward at 16k: FlashAttention-4 11 ms, cuDNN 13 ms,
 # FlashAttention-2 21 ms).
@@ -37,8 +38,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: flo
 
 
 def pytorch_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
-    """The name of the kernel that `fused_attention` runs without a mask."""
-    if q.device.type != "cuda":
+    """The name of the kernel that `fused_attention` runs without a mask; under torch.compile it is not known yet."""
+    if q.device.type != "cuda" or torch.compiler.is_compiling():
         return f"PyTorch's fused attention on {q.device.type}"
     asked = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
     if torch.backends.cuda.can_use_cudnn_attention(asked):
@@ -64,13 +65,13 @@ def flash_attention_4() -> Callable | None:
 def flash_attention_4_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """For what it was tried with here: half precision and head dims 64 and 128 on Hopper, and not under torch.compile."""
     return (
-        q.device.type == "cuda"
+        not torch.compiler.is_compiling()
+        and q.device.type == "cuda"
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] == v.shape[-1]
         and q.shape[-1] in (64, 128)
         and min(q.shape[2], k.shape[2]) > 0
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -82,8 +83,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: flo
         by_place = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, D)
         out = attend(*by_place, softmax_scale=scale, causal=causal, deterministic=deterministic)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-    if not torch.compiler.is_compiling():
-        announce(f"attention=flash: {pytorch_kernel(q, k, v, causal)}.")
+    announce(f"attention=flash: {pytorch_kernel(q, k, v, causal)}.")
     return fused_attention(q, k, v, causal=causal, scale=scale)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..ops.announce import announce
 from ..ops.softmax_attention import softmax_attention
-from .backend import AttentionBackend, announce
+from .backend import AttentionBackend
 
 
 class Softmax(AttentionBackend):

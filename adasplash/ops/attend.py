@@ -7,6 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from .announce import announce
 from .checks import check_choice
 from .key_range import KeyRange
 from .range_attention import range_attention, text_positions
@@ -75,6 +76,8 @@ def attend(
         obstacle = f"the kernels want v with q's head dim {q.shape[-1]}, got {v.shape[-1]}"
     if obstacle and implementation == "triton":
         raise ValueError(f"implementation=triton cannot run here: {obstacle}. Use implementation=auto.")
+    if obstacle and chosen == "triton":
+        announce(f"Attention by its torch reference: {obstacle}.")
     nothing_to_do = q.shape[2] == 0 or k.shape[2] == 0
     if chosen == "reference" or obstacle or nothing_to_do:
         return range_attention(q, k, v, key_range, alpha=alpha, **arguments)

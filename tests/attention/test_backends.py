@@ -82,7 +82,7 @@ def test_triton_says_why_not():
 
 
 def test_the_implementation_is_said_once(caplog, monkeypatch):
-    monkeypatch.setattr("adasplash.attention.backend._announced", set())
+    monkeypatch.setattr("adasplash.ops.announce._announced", set())
     q, k, v = inputs()
     for _ in range(3):
         build("adasplash")(q, k, v)
@@ -144,7 +144,7 @@ def test_flash_takes_flash_attention_4_where_it_is_and_fits(monkeypatch, caplog)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return flash.fused_attention(q, k, v, causal=causal, scale=softmax_scale).transpose(1, 2), None
 
-    monkeypatch.setattr("adasplash.attention.backend._announced", set())
+    monkeypatch.setattr("adasplash.ops.announce._announced", set())
     monkeypatch.setattr(flash, "flash_attention_4", lambda: flash_attn_func)
     q, k, v = inputs()
     expected = build("flash")(q, k, v, scale=0.3)
@@ -156,7 +156,7 @@ def test_flash_takes_flash_attention_4_where_it_is_and_fits(monkeypatch, caplog)
 
 @pytest.mark.gpu
 def test_flash_is_right_with_what_it_takes_here(caplog, monkeypatch):
-    monkeypatch.setattr("adasplash.attention.backend._announced", set())
+    monkeypatch.setattr("adasplash.ops.announce._announced", set())
     backend = BACKENDS["flash"](backend_options("flash"), heads=4, key_heads=2, head_dim=64)
     q, k, v = (torch.randn(2, h, 507, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
     out = backend(q, k, v)

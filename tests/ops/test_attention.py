@@ -340,7 +340,8 @@ def test_errors():
 
 
 @pytest.mark.parametrize("obstacle", ["head dim", "ALiBi slopes"])
-def test_triton_is_not_silently_replaced_by_the_reference(obstacle, monkeypatch):
+def test_triton_is_not_silently_replaced_by_the_reference(obstacle, monkeypatch, caplog):
+    monkeypatch.setattr("adasplash.ops.announce._announced", set())
     monkeypatch.setattr(attend_module, "why_no_kernels", lambda *arguments: None)  # as on a GPU
     q = torch.randn(1, 2, 5, 16)
     v = torch.randn(1, 2, 5, 8 if obstacle == "head dim" else 16)
@@ -348,3 +349,4 @@ def test_triton_is_not_silently_replaced_by_the_reference(obstacle, monkeypatch)
     with pytest.raises(ValueError, match=obstacle):
         entmax_attention(q, q, v, alibi_slopes=slopes, implementation="triton")
     entmax_attention(q, q, v, alibi_slopes=slopes, implementation="auto")
+    assert "torch reference" in caplog.text and obstacle in caplog.text

@@ -53,6 +53,7 @@ def test_compiles_without_a_gpu(dim, block_n, formula, alibi, tmp_path):
 def test_only_where_it_was_run_and_says_so(capability, version, taken, told, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
     monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr("adasplash.ops.announce._announced", set())
     choose = operator._for_hopper.__wrapped__  # without what the cache remembers of the real GPU
     assert (choose(torch.device("cuda", 0)) is not None) == taken
     assert choose(torch.device("cpu")) is None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import logging
 
 import torch
 import triton
 from torch import Tensor
 
+from ..announce import announce
 from ..jit import GENERAL, INTERPRETED, formula_of, kernel_operator, last_contiguous, with_equal_strides
 from ..key_range import KeyRange
 from ..tile_table import ListShape, Tiles, block_dim, entmax_tiles, list_shapes
@@ -40,7 +40,7 @@ def _for_hopper(device: torch.device):
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     if not triton.__version__.startswith(TRITONS_FOR_HOPPER):
-        logging.getLogger("adasplash").warning(
+        announce(
             "Entmax attention takes the kernel of all GPUs for its dense pass: the faster one for Hopper has been run with "
             f"triton {', '.join(version + 'x' for version in TRITONS_FOR_HOPPER)} only, this is {triton.__version__}."
         )
@@ -100,6 +100,11 @@ def _dense(q: Tensor, tiles) -> dict:
     }
 
 
+def _programs(length: int, shape: ListShape) -> int:
+    """Programs of a list kernel for so many rows or columns."""
+    return triton.cdiv(length, shape.rows * shape.turns)
+
+
 def _on_lists(shape: ListShape) -> dict:
     # Without software pipelining: its prefetching costs registers, and the lists are short.
     return {
@@ -111,7 +116,7 @@ def _on_lists(shape: ListShape) -> dict:
     }
 
 
-def _blocks_in_tile_mode(in_tiles: Tensor) -> tuple[Tensor, Tensor]:
+def _list_blocks(in_tiles: Tensor) -> tuple[Tensor, Tensor]:
     """The blocks, those in tile mode first in their row of (B * H, blocks), and how many they are, (B * H,)."""
     block_list = torch.empty_like(in_tiles)
     block_count = in_tiles.new_empty(in_tiles.shape[0])
@@ -166,14 +171,14 @@ def entmax_attention_forward(
     del records
     lists = list_shapes(dim)["forward"]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-    rows_forward_kernel[(triton.cdiv(query_length, lists.rows * lists.turns), batch * heads)](
+    rows_forward_kernel[(_programs(query_length, lists), batch * heads)](
         q, k, v, alpha, *positions, keys, first, count, in_tiles, bound,
         torch.empty_like(keys, dtype=torch.float32),
         out, mean, tau,
         scale, *strides, heads, ratio, query_length, key_length, blocks, capacity,
         BLOCK_M=shape.block_m, **_on_lists(lists), **common,
     )  # fmt: skip
-    block_list, block_count = _blocks_in_tile_mode(in_tiles)
+    block_list, block_count = _list_blocks(in_tiles)
     tiles_forward_kernel[(blocks * shape.block_m // tiles["forward"].block_m, batch * heads)](
         q, k, v, start, stop, alpha, *positions, block_list, block_count, bound, out, mean, tau,
         scale, *strides, *ranges, heads, ratio, query_length, key_length, blocks,
@@ -225,12 +230,12 @@ def entmax_attention_backward(
     d_alpha = torch.empty_like(tau) if alpha_gradient else tau.new_empty(1)
     column_count = q.new_zeros((batch * groups, key_length), dtype=torch.int32)
     lists = list_shapes(dim)
-    rows_backward_kernel[(triton.cdiv(query_length, lists["backward"].rows * lists["backward"].turns), batch * heads)](
+    rows_backward_kernel[(_programs(query_length, lists["backward"]), batch * heads)](
         q, k, v, alpha, *positions, keys, first, count, in_tiles, tau, mean, d_out, delta, column_count, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], heads, ratio, query_length, key_length, blocks, capacity,
         BLOCK_M=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **_on_lists(lists["backward"]), **common,
     )  # fmt: skip
-    block_list, block_count = _blocks_in_tile_mode(in_tiles)
+    block_list, block_count = _list_blocks(in_tiles)
     tiles_backward_rows_kernel[(blocks * tiles["collect"].block_m // tiles["rows"].block_m, batch * heads)](
         q, k, v, start, stop, alpha, *positions, block_list, block_count, tau, mean, d_out, delta, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], *ranges, heads, ratio, query_length, key_length, blocks,
@@ -244,29 +249,20 @@ def entmax_attention_backward(
     sinks = q.new_empty((batch * groups, sinks_at_most), dtype=torch.int32)
     sink_count = q.new_empty(batch * groups, dtype=torch.int32)
     lay_out_columns_kernel[(batch * groups,)](
-        column_count,
-        cursor,
-        sinks,
-        sink_count,
-        key_length,
-        region,
-        sinks_at_most,
-        LONGEST_COLUMN,
-        AT_ONCE=4096,
-        num_warps=8,
-    )
-    transpose_kernel[(triton.cdiv(query_length, lists["transpose"].rows * lists["transpose"].turns), batch * heads)](
+        column_count, cursor, sinks, sink_count, key_length, region, sinks_at_most, LONGEST_COLUMN,
+        AT_ONCE=4096, num_warps=8,
+    )  # fmt: skip
+    transpose_kernel[(_programs(query_length, lists["transpose"]), batch * heads)](
         keys, first, count, in_tiles, cursor, queries,
         heads, ratio, query_length, key_length, blocks, capacity, LONGEST_COLUMN,
         BLOCK_M=tiles["collect"].block_m, **_on_lists(lists["transpose"]),
     )  # fmt: skip
-    columns = batch * groups * key_length
-    sort = lists["sort"]
-    sort_columns_kernel[(triton.cdiv(columns, sort.rows * sort.turns),)](
+    columns, sort = batch * groups * key_length, lists["sort"]
+    sort_columns_kernel[(_programs(columns, sort),)](
         cursor, queries, columns, LONGEST_COLUMN, TURNS=sort.turns, COLUMNS=sort.rows, num_warps=sort.warps
     )
     outputs = (*dk.stride()[:3], *dv.stride()[:3])
-    columns_backward_kernel[(triton.cdiv(key_length, lists["columns"].rows * lists["columns"].turns), batch * groups)](
+    columns_backward_kernel[(_programs(key_length, lists["columns"]), batch * groups)](
         q, k, v, alpha, *positions, cursor, queries, tau, delta, d_out, dk, dv,
         scale, *inputs, *outputs, groups, ratio, query_length, key_length, **_on_lists(lists["columns"]), **common,
     )  # fmt: skip
