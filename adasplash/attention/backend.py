@@ -107,10 +107,9 @@ class AttentionBackend(nn.Module):
     def choose_implementation(self, q: Tensor) -> str:
         """'triton' or 'reference', announced. Raises ValueError where triton is asked for and cannot run."""
         chosen = choose_implementation(self.options.implementation, q.device, q.dtype, self.head_dim)
-        if not torch.compiler.is_compiling():
-            reason = why_no_kernels(q.device, q.dtype, self.head_dim)
-            because = f" ({reason})" if reason and self.options.implementation == "auto" else ""
-            announce(f"attention={self.name}: implementation '{chosen}' on {q.device.type}{because}.")
+        reason = why_no_kernels(q.device, q.dtype, self.head_dim)
+        because = f" ({reason})" if reason and self.options.implementation == "auto" else ""
+        announce(f"attention={self.name}: implementation '{chosen}' on {q.device.type}{because}.")
         return chosen
 
     @torch.no_grad()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +13,7 @@ from ..ops.attend import why_no_kernels
 from ..ops.checks import check_attention_inputs, resolve_key_range, resolve_scale
 from ..ops.range_attention import alibi_bias, row_chunks
 from ..ops.softmax_attention import softmax_attention
+from . import flash_attention_4
 from .backend import AttentionBackend
 
 # Of PyTorch's, fastest first, as measured on an H200 (forward + backward at 16k: FlashAttention-4 11 ms, cuDNN 13 ms,
@@ -49,40 +47,11 @@ def pytorch_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
     return "PyTorch's fused attention on cuda"
 
 
-@functools.cache
-def flash_attention_4() -> Callable | None:
-    """The function of the package flash-attn-4; None where it is not installed, or cannot be loaded, which is announced."""
-    try:
-        from flash_attn.cute import flash_attn_func
-    except ModuleNotFoundError:
-        return None
-    except Exception as error:  # of any kind where versions do not fit
-        announce(f"attention=flash: flash-attn-4 is installed but cannot be loaded ({type(error).__name__}: {error}).")
-        return None
-    return flash_attn_func
-
-
-def flash_attention_4_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """For what it was tried with here: half precision and head dims 64 and 128 on Hopper, and not under torch.compile."""
-    return (
-        not torch.compiler.is_compiling()
-        and q.device.type == "cuda"
-        and torch.cuda.get_device_capability(q.device)[0] == 9
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] == v.shape[-1]
-        and q.shape[-1] in (64, 128)
-        and min(q.shape[2], k.shape[2]) > 0
-    )
-
-
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
     """Attention without a mask by the fastest kernel that there is: FlashAttention-4, else PyTorch's; says which."""
-    if flash_attention_4_fits(q, k, v) and (attend := flash_attention_4()):
+    if flash_attention_4.fits(q, k, v):
         announce("attention=flash: FlashAttention-4.")
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        by_place = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, D)
-        out = attend(*by_place, softmax_scale=scale, causal=causal, deterministic=deterministic)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+        return flash_attention_4.flash_attention_4(q, k, v, scale=scale, causal=causal)
     announce(f"attention=flash: {pytorch_kernel(q, k, v, causal)}.")
     return fused_attention(q, k, v, causal=causal, scale=scale)
 

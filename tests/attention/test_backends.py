@@ -136,24 +136,6 @@ def test_flash_reference_is_the_same_and_keeps_no_square_mask(monkeypatch):
     assert saved and max(saved) < 65 * 65
 
 
-def test_flash_takes_flash_attention_4_where_it_is_and_fits(monkeypatch, caplog):
-    asked = []
-
-    def flash_attn_func(q, k, v, *, softmax_scale, causal, deterministic):  # (B, T, H, D) like the package's
-        asked.append((softmax_scale, causal))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return flash.fused_attention(q, k, v, causal=causal, scale=softmax_scale).transpose(1, 2), None
-
-    monkeypatch.setattr("adasplash.ops.announce._announced", set())
-    monkeypatch.setattr(flash, "flash_attention_4", lambda: flash_attn_func)
-    q, k, v = inputs()
-    expected = build("flash")(q, k, v, scale=0.3)
-    assert not asked and "FlashAttention-4" not in caplog.text  # not on this device
-    monkeypatch.setattr(flash, "flash_attention_4_fits", lambda q, k, v: True)
-    torch.testing.assert_close(build("flash")(q, k, v, scale=0.3), expected)
-    assert asked == [(0.3, True)] and "attention=flash: FlashAttention-4." in caplog.text
-
-
 @pytest.mark.gpu
 def test_flash_is_right_with_what_it_takes_here(caplog, monkeypatch):
     monkeypatch.setattr("adasplash.ops.announce._announced", set())
