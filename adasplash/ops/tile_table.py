@@ -67,7 +67,7 @@ class ListShape(NamedTuple):
     """Shape of a list kernel's programs: rows (or columns) side by side, pairs of each at a time, warps.
 
     turns: how often a program does so. Where blocks are in tile mode there is nothing to do, and fewer programs say so sooner.
-    rows * turns divides block_m of `collect`, but for columns.
+    rows * turns divides block_m of `collect`, but for columns; of `forward` it is a multiple of 4.
     """
 
     rows: int
@@ -80,7 +80,7 @@ def list_shapes(dim: int) -> dict[str, ListShape]:
     """For the list kernels of entmax attention: as many gathers of `dim` wide rows in flight as registers allow."""
     wide = block_dim(dim)
     return {
-        "forward": ListShape(1, max(1, 512 // wide), 1, 16),
+        "forward": ListShape(2, max(1, 512 // wide), 1, 8),
         "backward": ListShape(4, max(1, 256 // wide), 1, 4),
         "transpose": ListShape(8, 8, 1, 4),
         "sort": ListShape(2, 1, 1, 2),

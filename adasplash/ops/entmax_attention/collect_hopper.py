@@ -1,7 +1,8 @@
 """The collect kernel for Hopper, in Gluon: the walk of collect.py, with layouts chosen by hand and keys copied by TMA.
 
-In every layout here a row lies in one warp, so that values of rows change layouts without shared memory and barriers. And
-a block is looked at again, if that promises to help: bits are formed against the bound of the moment, which is loose at
+In every layout here a row lies in one warp, so that values of rows change layouts without shared memory and barriers.
+Scores are looked at in float16, two in a register, for which the queries of a block are scaled by a power of two; the
+margin pays for the digits lost. While a tile is looked at so, the registers of its scores take those of the next. And a block is looked at again, if that promises to help: bits are formed against the bound of the moment, which is loose at
 first, and so where many keys lie above the final bound, far more are marked. Such a block is mostly recognised by its
 first tiles, an eighth of a long walk, which then starts again with the bound that they have given. And where the keys do
 not fit in the end, there is one more walk with the final bound.
@@ -22,9 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..jit import entmax_weights, larger_or_nan, newton_step, popcount, store_block_range, visible_tiles
+from ..jit import entmax_weights, newton_step, popcount, store_block_range, visible_tiles
 from ..tile_table import Tiles, block_dim
-from .collect import SLACK, STEEP, bit_limit, raise_bound
+from .collect import SLACK, raise_bound
 
 # Names differ between triton 3.6 and its successors.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -72,18 +73,24 @@ def start_copy(K, k_tiles, ready, turn, b, group, tile, wanted):
 
 
 @gluon.jit
-def dot_with_tile(q_tile, k_tiles, ready, turn, MMA: gl.constexpr):
-    """Raw scores (M, N) of the tile of this turn."""
+def start_dot(q_tile, k_tiles, ready, turn, wanted, MMA: gl.constexpr):
+    """Starts to compute the raw scores (M, N) of the tile of this turn; of anything if it is not wanted."""
     STAGES: gl.constexpr = k_tiles.shape[0]
     BLOCK_M: gl.constexpr = q_tile.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[3]
     BLOCK_D: gl.constexpr = k_tiles.shape[4]
     place = turn % STAGES
-    mbarrier.wait(ready.index(place), turn // STAGES & 1)
+    mbarrier.wait(ready.index(place), turn // STAGES & 1, pred=wanted)
     k = k_tiles.index(place).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
     nothing = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=MMA)
-    raw = warpgroup_mma(q_tile, k, nothing, use_acc=False, is_async=True)
-    return warpgroup_mma_wait(0, deps=(raw,))
+    return warpgroup_mma(q_tile, k, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def add_bias(raw, alibi, query_position, key_position, nearest):
+    """ALiBi, less that of a key `nearest` away; what is far above that key's is cut, to what float16 can hold."""
+    further = gl.abs(query_position[:, None] - key_position[None, :]) - nearest[:, None]
+    return gl.minimum(raw - alibi * further.to(gl.float32), 60000.0)
 
 
 @gluon.jit
@@ -101,34 +108,67 @@ def start_first_copies(K, k_tiles, ready, turn, b, group, left, edges, tiles, fi
 
 
 @gluon.jit
+def larger_of_pairs(a, b):
+    return gl.inline_asm_elementwise("max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def sum_of_pairs(a, b):
+    return gl.inline_asm_elementwise("add.f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def pair_up(raw):
+    """Scores (M, N) as pairs of float16, those of columns 64 h + 8 e + 2 w and the next at [:, h, e, w] of (M, N / 64, 8, 4)."""
+    BLOCK_M: gl.constexpr = raw.shape[0]
+    even, odd = gl.split(raw.reshape([BLOCK_M, raw.shape[1] // 64, 8, 4, 2]))
+    return gl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [odd, even], gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def lowered(bound, margin):
+    """The bound less what rounding can do: to scores as near to it as matters, twice 2 ** -11 of them in float16; and the margin."""
+    return bound - (gl.abs(bound) * 2.0**-10 + margin)
+
+
+@gluon.jit
 def mark_tile(
-    raw, tile, raising, bound, slope, found, margin, z_scale, r, RECORDS, entries,
+    pairs, tile, raising, bound, slope, found, margin, z_scale, r, RECORDS, entries,
     FORMULA: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
-    """As in collect.py. Not raising: the tile has raised the bound before, and must not again."""
-    BLOCK_M: gl.constexpr = raw.shape[0]
-    HALVES: gl.constexpr = 2 if raw.shape[1] == 128 else 1
-    EIGHTS: gl.constexpr = raw.shape[1] // (8 * HALVES)
-    apart = raw.reshape([BLOCK_M, HALVES, EIGHTS, 4, 2])
-    top = gl.reduce(gl.reduce(apart, 4, larger_or_nan), 2, larger_or_nan)
-    top = gl.reduce(gl.reduce(top, 1, larger_or_nan), 1, larger_or_nan)
+    """As in collect.py, of scores as `pair_up` leaves them, which deals them to the bits in another order: a byte for each
+    h, the even columns' before the odd ones'. Not raising: the tile has raised the bound before, and must not again.
+    """
+    BLOCK_M: gl.constexpr = pairs.shape[0]
+    top = gl.reduce(gl.reduce(gl.reduce(pairs, 2, larger_of_pairs), 1, larger_of_pairs), 1, larger_of_pairs)
+    top = gl.inline_asm_elementwise(
+        "{ .reg .f16 a, b; mov.b32 {a, b}, $1; max.NaN.f16 a, a, b; cvt.f32.f16 $0, a; }",
+        "=f,r", [top], gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
     top = gl.convert_layout(top, ROW, assert_trivial=True)
-    hit = top > bound - margin
+    hit = top > lowered(bound, margin)
     raised, raised_slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
     bound, slope = gl.where(raising, raised, bound), gl.where(raising, raised_slope, slope)
-    limit = bit_limit(bound, margin) * -STEEP
-    above = gl.minimum(gl.maximum(raw * STEEP + limit[:, None], 0.0), 1.0).reshape([BLOCK_M, HALVES, EIGHTS, 4, 2])
-    of_pair: gl.constexpr = gl.SliceLayout(
-        0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, above.type.layout)))
+    limit = gl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [lowered(bound, margin)], gl.int32, is_pure=True, pack=1
     )
-    pair = gl.where(gl.arange(0, 2, layout=of_pair) > 0, 2.0, 1.0)[None, None, None, None, :]
-    pairs = gl.sum(above * pair, 4)  # (M, HALVES, EIGHTS, 4)
+    of_row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, pairs.type.layout)))
+    limit = gl.convert_layout(limit, of_row, assert_trivial=True)
     of_eight: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, pairs.type.layout)))
-    value = (1 << 2 * gl.arange(0, EIGHTS, layout=of_eight)).to(gl.float32)[None, None, :, None]
-    # On top of 2^23 the low bits of a float are its integer.
-    halves = (gl.sum(pairs * value, 2) + 8388608.0).to(gl.int32, bitcast=True) & 0xFFFF  # (M, HALVES, 4)
-    of_half: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, halves.type.layout))
-    words = gl.sum(halves << (16 * gl.arange(0, HALVES, layout=of_half))[None, :, None], 1)  # (M, 4)
+    value = (15 + gl.arange(0, 8, layout=of_eight) << 10) * 65537  # 2 ** e, twice
+    above = gl.inline_asm_elementwise(
+        "{ .reg .b32 t; set.ge.f16x2.f16x2 t, $1, $2; mul.f16x2 $0, t, $3; }",
+        "=r,r,r,r", [pairs, limit[:, None, None, None], value[None, None, :, None]], gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+    # On top of 2 ** 10 the low bits of a float16 are its integer.
+    bytes_ = gl.inline_asm_elementwise(
+        "{ .reg .b32 t, m; mov.b32 m, 0x64006400; add.f16x2 t, $1, m; and.b32 $0, t, 0x00FF00FF; }",
+        "=r,r", [gl.reduce(above, 2, sum_of_pairs)], gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+    of_half: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, bytes_.type.layout))
+    words = gl.sum(bytes_ << (8 * gl.arange(0, pairs.shape[1], layout=of_half))[None, :, None], 1)  # (M, 4)
     word = gl.arange(0, 4, layout=gl.SliceLayout(0, words.type.layout))[None, :]
     top_bits = gl.convert_layout(top, gl.SliceLayout(1, words.type.layout), assert_trivial=True).to(
         gl.int32, bitcast=True
@@ -172,7 +212,7 @@ def settle(
     # The entries that stay move up, without a barrier: an entry lies in one thread, and where it goes depends, by the
     # running sum, on all the entries of its row that it could overwrite.
     OF_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, ENTRY))
-    limit = gl.convert_layout(bound - margin, OF_ROW)[:, None]
+    limit = gl.convert_layout(lowered(bound, margin), OF_ROW)[:, None]
     live = gl.convert_layout(found, OF_ROW)[:, None]
     m = gl.arange(0, BLOCK_M, layout=OF_ROW)[:, None]
     c = gl.arange(0, ENTRIES_AT_ONCE, layout=gl.SliceLayout(0, gl.SliceLayout(2, ENTRY)))[None, :]
@@ -223,7 +263,7 @@ def write_keys(RECORDS, KEYS, first, found, most, BLOCK_N: gl.constexpr, WORDS: 
         in_tile = tile[:, :, None] * BLOCK_N + 2 * word
         for _ in range(0, gl.max(gl.max(gl.max(here, 2), 1), 0)):
             bit = popcount((words & -words) - 1)
-            column = in_tile + 64 * (bit // 16) + 8 * (bit % 16 // 2) + bit % 2
+            column = in_tile + 64 * (bit // 8 % 2) + 8 * (bit % 8) + bit // 16
             gl.store(KEYS + to, column, mask=words != 0)
             to += 1
             words = words & (words - 1)
@@ -295,21 +335,32 @@ def collect_hopper_kernel(
         q_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, QUERY))
         q_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, QUERY))
         q_at = Q + b.to(gl.int64) * q_b + h.to(gl.int64) * q_h + q_row[:, None].to(gl.int64) * q_t + q_d[None, :]
-        q = gl.load(q_at, mask=(q_row < query_length)[:, None] & (q_d < D)[None, :], other=0.0)
-        q_tile.store(q)
-        fence_async_shared()
-        q = q.to(gl.float32)
+        q = gl.load(q_at, mask=(q_row < query_length)[:, None] & (q_d < D)[None, :], other=0.0).to(gl.float32)
         alpha = gl.load(ALPHA + h).to(gl.float32)
-        z_scale = (alpha - 1.0) * scale
+        raw_z_scale = (alpha - 1.0) * scale
         r = 1.0 / (alpha - 1.0)
-        margin = gl.sqrt(gl.convert_layout(gl.sum(q * q, 1), ROW))
-        margin *= gl.load(KEY_NORM + b * groups + group).to(gl.float32, bitcast=True)
+        norm = gl.where(gl.sum(gl.abs(q), 1) < float("inf"), gl.sqrt(gl.sum(q * q, 1)), 0.0)
+        key_norm = gl.load(KEY_NORM + b * groups + group).to(gl.float32, bitcast=True)
+        # Scores of this magnitude count for a row, and it has a power of two `unit` for which it is from 2 ** 14 to 2 ** 15 of it.
+        largest_norm = gl.max(norm, 0)
+        magnitude = gl.minimum(gl.maximum(largest_norm * key_norm + 1.0 / raw_z_scale, largest_norm), 1e38)
+        exponent = gl.maximum(magnitude.to(gl.int32, bitcast=True) >> 23, 15)
+        unit = (exponent - 14 << 23).to(gl.float32, bitcast=True)
+        per_unit = (268 - exponent << 23).to(gl.float32, bitcast=True)
+        z_scale = raw_z_scale * unit
+        q_tile.store((q * per_unit).to(K.dtype))
+        fence_async_shared()
+        # What rounding can do besides: of products in float32, and of scores above the bound, up to 1 in z.
+        margin = gl.convert_layout(norm, ROW) * key_norm * per_unit
+        margin = margin * ((D + 8 + tiles) * 2.0**-22) + 1.0 / z_scale * (SLACK + 2.0**-10) + 2.0**-23
         if HAS_ALIBI:
-            alibi = gl.load(SLOPES + bh) / scale
+            alibi = gl.load(SLOPES + bh) / scale * per_unit
             query_position = gl.load(QUERY_POSITION + bh.to(gl.int64) * query_length + row, mask=inside, other=0)
             key_position = KEY_POSITION + (b * groups + group) * key_length
-            margin = 2.0 * margin + 1.0 / z_scale
-        margin = margin * ((D + 8 + tiles) * 2.0**-22) + 1.0 / z_scale * SLACK
+            # Biases are counted from that of the last key in sight: no row's largest score is far below 0 then.
+            last_position = gl.load(key_position + gl.maximum(stop - 1, 0), mask=seeing, other=0)
+            nearest = gl.abs(query_position - last_position)
+            margin += alibi * nearest.to(gl.float32) * 2.0**-22
 
         bound = gl.where(seeing, float("-inf"), float("inf"))  # a row that sees nothing makes no entries
         slope = gl.full([BLOCK_M], 1.0, gl.float32, layout=ROW)
@@ -325,42 +376,47 @@ def collect_hopper_kernel(
             # Both edges, under a mask.
             for j in range(0, edges):
                 tile = tile_of_turn(j, left, edges, first_tile, full_last)
-                raw = dot_with_tile(q_tile, k_tiles, ready, turn + j, MMA)
+                dot = start_dot(q_tile, k_tiles, ready, turn + j, True, MMA)
+                raw = warpgroup_mma_wait(0, deps=(dot,))
                 ahead = j + STAGES
                 to_copy = tile_of_turn(ahead, left, edges, first_tile, full_last)
                 start_copy(K, k_tiles, ready, turn + ahead, b, group, to_copy, ahead < tiles)
                 column = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
                 if HAS_ALIBI:
                     place = gl.load(key_position + column, mask=column < key_length, other=0)
-                    raw -= alibi * gl.abs(query_position[:, None] - place[None, :]).to(gl.float32)
+                    raw = add_bias(raw, alibi, query_position, place, nearest)
                 raw = gl.where(
                     (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None]), raw, float("-inf")
                 )
                 bound, slope, found = mark_tile(
-                    raw, tile, j >= raise_from, bound, slope, found, margin, z_scale, r, RECORDS, entries, FORMULA, ROW
-                )
+                    pair_up(raw), tile, j >= raise_from, bound, slope, found, margin, z_scale, r, RECORDS, entries,
+                    FORMULA, ROW,
+                )  # fmt: skip
 
-            # The walk, in stretches of 32, 64, 128, ... tiles: after each the bound is tightened and the entries are thinned out.
+            # The walk, in stretches of 64, 128, 256, ... tiles: after each the bound is tightened and the entries are thinned out.
             begin = edges
-            stretch = 32
+            stretch = 64
             lost = 0
             more = True
             restart = False
             trying = (raise_from == 0) & (tiles >= 2 * trial + STAGES)
             while more:
                 end = gl.where(trying, trial, gl.minimum(begin + stretch, tiles))
+                dot = start_dot(q_tile, k_tiles, ready, turn + begin, begin < end, MMA)
                 for j in range(begin, end):
                     tile = full_last - 1 - (j - edges)
-                    raw = dot_with_tile(q_tile, k_tiles, ready, turn + j, MMA)
-                    start_copy(K, k_tiles, ready, turn + j + STAGES, b, group, tile - STAGES, j + STAGES < tiles)
+                    raw = warpgroup_mma_wait(0, deps=(dot,))
                     if HAS_ALIBI:
                         column = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
-                        place = gl.load(key_position + column)
-                        raw -= alibi * gl.abs(query_position[:, None] - place[None, :]).to(gl.float32)
+                        raw = add_bias(raw, alibi, query_position, gl.load(key_position + column), nearest)
+                    pairs = pair_up(raw)
+                    dot = start_dot(q_tile, k_tiles, ready, turn + j + 1, j + 1 < end, MMA)
+                    start_copy(K, k_tiles, ready, turn + j + STAGES, b, group, tile - STAGES, j + STAGES < tiles)
                     bound, slope, found = mark_tile(
-                        raw, tile, j >= raise_from, bound, slope, found, margin, z_scale, r, RECORDS, entries,
+                        pairs, tile, j >= raise_from, bound, slope, found, margin, z_scale, r, RECORDS, entries,
                         FORMULA, ROW,
                     )  # fmt: skip
+                warpgroup_mma_wait(0, deps=(dot,))  # the last one is of nothing
                 begin = end
                 more = end < tiles
                 if not trying or gl.sum(found, 0).to(gl.float32) > MANY_HITS * (BLOCK_M * end):
@@ -397,6 +453,10 @@ def collect_hopper_kernel(
 
         # The keys of the entries left.
         store_block_range(BLOCK_RANGE, bh * blocks + block, start, stop, key_length)
+        # Steps along the lists lead to the threshold from either side; those in tiles have to begin below it.
+        bound = gl.where(fits, bound, lowered(bound, margin)) * unit
+        if HAS_ALIBI:
+            bound -= alibi * unit * nearest.to(gl.float32)
         bound = gl.convert_layout(gl.where(seeing, bound, 0.0), LIST)
         found = gl.convert_layout(gl.where(seeing, found, 0), LIST)
         count = gl.where(found > 0, keys, 0)

@@ -12,6 +12,7 @@ import triton.language as tl
 from ..jit import entmax_weights, largest, load_rows, load_tile, newton_step
 
 NEWTON_STEPS = tl.constexpr(24)  # at most; a handful is usual
+THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side
 
 
 @triton.jit
@@ -31,37 +32,55 @@ def pair_scores(q, k, scale, slope, query_position, key_position, HAS_ALIBI: tl.
 
 
 @triton.jit
-def score_pairs(
-    q, K, KEYS, KEY_POSITION, first, count, begin, alpha, scale, slope, query_position, k_t, d,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr, HAS_ALIBI: tl.constexpr,
-):  # fmt: skip
-    """Keys begin..begin+PAIRS-1 of each row's list and their z (R, PAIRS); -inf past the end of a list."""
-    e = begin + tl.arange(0, PAIRS)[None, :]
-    live = e < count[:, None]
-    key = tl.load(KEYS + first[:, None] + e, mask=live, other=0)
-    k = gather(K, key, live, k_t, d, D, BLOCK_D)
-    key_position = key
-    if HAS_ALIBI:
-        key_position = tl.load(KEY_POSITION + key, mask=live, other=0)
-    z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
-    return key, tl.where(live, z * (alpha - 1.0), float("-inf"))
+def find_thresholds(KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, query_length, bound_scale, r, FORMULA: tl.constexpr):
+    """TAU of rows (R,) of one head from the z of their candidates; those above it move up in KEYS and Z, COUNT becomes theirs.
 
+    Newton's method from the bound that the lists were collected with. TAU is infinite for a row without keys, which
+    gives weight to none, in tiles either.
+    """
+    inside = row < query_length
+    count = tl.load(COUNT + row, mask=inside, other=0)
+    first = slab + tl.load(FIRST + row, mask=inside, other=0)
+    bound = tl.load(BOUND + row, mask=inside, other=0.0) * bound_scale
+    AT_ONCE: tl.constexpr = 32 // THRESHOLD_ROWS  # a thread of the warp for each
+    c = tl.arange(0, AT_ONCE)[None, :]
+    at = first[:, None] + c
+    most = tl.max(count, 0)
+    first_z = tl.load(Z + at, mask=c < count[:, None], other=float("-inf"))  # mostly all
+    top = tl.max(first_z, 1)
+    for begin in range(AT_ONCE, most, AT_ONCE):
+        z = tl.load(Z + at + begin, mask=begin + c < count[:, None], other=float("-inf"))
+        top = tl.maximum(top, tl.max(z, 1))
+    top = tl.where(count > 0, top, 0.0)
+    tau = tl.minimum(tl.maximum(bound - top, -1.0), -1e-6)  # relative to the largest z
+    steps = 0
+    while steps < NEWTON_STEPS:
+        p, u = entmax_weights(first_z - top[:, None] - tau[:, None], r, FORMULA)
+        mass = tl.sum(p, 1)
+        slope = tl.sum(u, 1)
+        for begin in range(AT_ONCE, most, AT_ONCE):
+            z = tl.load(Z + at + begin, mask=begin + c < count[:, None], other=float("-inf"))
+            p, u = entmax_weights(z - top[:, None] - tau[:, None], r, FORMULA)
+            mass += tl.sum(p, 1)
+            slope += tl.sum(u, 1)
+        step = newton_step(mass, slope, r, FORMULA)
+        tau += step
+        steps = tl.where(largest(tl.abs(step)) > 2e-7, steps + 1, NEWTON_STEPS)
+    tau = tl.where(count > 0, tau + top, float("inf"))
 
-@triton.jit
-def weigh_pairs(
-    key, distance, kept, V, KEYS, first, r, v_t, d, D: tl.constexpr, BLOCK_D: tl.constexpr, FORMULA: tl.constexpr
-):
-    """Of keys (R, PAIRS) with z - tau: sum p v, sum u v, sum u; writes those with p > 0 behind the `kept` ones in KEYS."""
-    p, u = entmax_weights(distance, r, FORMULA)
-    live = p > 0.0
-    v = gather(V, key, live, v_t, d, D, BLOCK_D)
-    stay = live.to(tl.int32)
-    to = kept[:, None] + tl.cumsum(stay, 1) - stay
-    tl.debug_barrier()  # every key of this chunk has been read before one is moved
-    tl.store(KEYS + first[:, None] + to, key, mask=live)
-    out = tl.sum(p[:, :, None] * v, 1)
-    mean = tl.sum(u[:, :, None] * v, 1)
-    return out, mean, tl.sum(u, 1), kept + tl.sum(stay, 1)
+    kept = tl.zeros_like(count)
+    for begin in range(0, most, AT_ONCE):
+        live = begin + c < count[:, None]
+        key = tl.load(KEYS + at + begin, mask=live, other=0)
+        z = tl.load(Z + at + begin, mask=live, other=float("-inf"))
+        stay = (z > tau[:, None]).to(tl.int32)
+        to = (first + kept)[:, None] + tl.cumsum(stay, 1) - stay
+        tl.debug_barrier()  # all have read what is about to be overwritten
+        tl.store(KEYS + to, key, mask=stay > 0)
+        tl.store(Z + to, z, mask=stay > 0)
+        kept += tl.sum(stay, 1)
+    tl.store(TAU + row, tau, mask=inside)
+    tl.store(COUNT + row, kept, mask=inside)
 
 
 @triton.jit
@@ -72,9 +91,10 @@ def rows_forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """tau, out and the u-weighted mean of v for ROWS queries, TURNS times; leaves in KEYS and COUNT the exact support.
+    """tau, out and the u-weighted mean of v for TURNS * ROWS queries; leaves in KEYS and COUNT the exact support.
 
-    OUT and MEAN are (B, H, Tq, D) with strides out_*; Z is scratch shaped as KEYS.
+    Rows are scored and weighed ROWS at a time, and have their thresholds found all together: what differs from row to row
+    is long there, and a row is short here. OUT and MEAN are (B, H, Tq, D) with strides out_*; Z is scratch shaped as KEYS.
     """
     bh = tl.program_id(1)
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
@@ -93,96 +113,65 @@ def rows_forward_kernel(
             KEY_POSITION += (b * (heads // ratio) + group) * key_length
         K += b * k_b + group * k_h
         V += b * v_b + group * v_h
+        slab = (bh.to(tl.int64) * blocks + block) * capacity
+        first_row = tl.program_id(0) * (TURNS * ROWS)
         for turn in range(0, TURNS):
-            row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
+            row = first_row + turn * ROWS + tl.arange(0, ROWS)
             inside = row < query_length
             at = bh.to(tl.int64) * query_length + row
             count = tl.load(COUNT + at, mask=inside, other=0)
-            slab = (bh.to(tl.int64) * blocks + block) * capacity
             first = slab + tl.load(FIRST + at, mask=inside, other=0)
             q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
             query_position = row
             if HAS_ALIBI:
                 query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
-            most = tl.max(count, 0)
-
-            # z of all candidates: the first PAIRS of a row, mostly all, stay in registers, the others in Z
-            first_key, first_z = score_pairs(
-                q, K, KEYS, KEY_POSITION, first, count, 0, alpha, scale, slope, query_position, k_t, d,
-                D, BLOCK_D, PAIRS, HAS_ALIBI,
-            )  # fmt: skip
-            top = tl.max(first_z, 1)
-            for begin in range(PAIRS, most, PAIRS):
-                key, z = score_pairs(
-                    q, K, KEYS, KEY_POSITION, first, count, begin, alpha, scale, slope, query_position, k_t, d,
-                    D, BLOCK_D, PAIRS, HAS_ALIBI,
-                )  # fmt: skip
-                tl.store(Z + first[:, None] + (begin + c)[None, :], z, mask=z > float("-inf"))
-                top = tl.maximum(top, tl.max(z, 1))
-            tl.debug_barrier()
-
-            # the threshold, relative to the largest z, from the bound that the lists were collected with
-            top = tl.where(count > 0, top, 0.0)
-            bound = tl.load(BOUND + at, mask=inside, other=0.0)
-            tau = bound * ((alpha - 1.0) * scale) - top
-            tau = tl.minimum(tl.maximum(tau, -1.0), -1e-6)
-            steps = 0
-            while steps < NEWTON_STEPS:
-                first_p, first_u = entmax_weights(first_z - top[:, None] - tau[:, None], r, FORMULA)
-                mass = tl.sum(first_p, 1)
-                slope_sum = tl.sum(first_u, 1)
-                for begin in range(PAIRS, most, 32):
-                    e = begin + tl.arange(0, 32)
-                    z = tl.load(Z + first[:, None] + e[None, :], mask=e[None, :] < count[:, None], other=float("-inf"))
-                    p, u = entmax_weights(z - top[:, None] - tau[:, None], r, FORMULA)
-                    mass += tl.sum(p, 1)
-                    slope_sum += tl.sum(u, 1)
-                step = newton_step(mass, slope_sum, r, FORMULA)
-                tau += step
-                steps = tl.where(largest(tl.abs(step)) > 2e-7, steps + 1, NEWTON_STEPS)
-            tau += top
-            tau = tl.where(count > 0, tau, float("inf"))  # a row without keys gives weight to none, in tiles either
-
-            # what is not above the threshold leaves long lists before v is gathered
-            if most > PAIRS:
-                more = tl.zeros((ROWS,), tl.int32)
-                for begin in range(PAIRS, most, 32):
-                    e = begin + tl.arange(0, 32)[None, :]
-                    live = e < count[:, None]
-                    key = tl.load(KEYS + first[:, None] + e, mask=live, other=0)
-                    z = tl.load(Z + first[:, None] + e, mask=live, other=float("-inf"))
-                    stay = (z > tau[:, None]).to(tl.int32)
-                    to = first[:, None] + PAIRS + more[:, None] + tl.cumsum(stay, 1) - stay
-                    tl.debug_barrier()  # all have read what is about to be overwritten
-                    tl.store(KEYS + to, key, mask=stay > 0)
-                    tl.store(Z + to, z, mask=stay > 0)
-                    more += tl.sum(stay, 1)
-                tl.debug_barrier()
-                count = tl.minimum(count, PAIRS + more)
-                most = tl.max(count, 0)
-            out, mean, u_sum, kept = weigh_pairs(
-                first_key, first_z - tau[:, None], tl.zeros((ROWS,), tl.int32),
-                V, KEYS, first, r, v_t, d, D, BLOCK_D, FORMULA,
-            )  # fmt: skip
-            for begin in range(PAIRS, most, PAIRS):
+            for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
                 place = first[:, None] + (begin + c)[None, :]
-                more_key = tl.load(KEYS + place, mask=live, other=0)
-                more_z = tl.load(Z + place, mask=live, other=float("-inf"))
-                more_out, more_mean, more_u, kept = weigh_pairs(
-                    more_key, more_z - tau[:, None], kept, V, KEYS, first, r, v_t, d, D, BLOCK_D, FORMULA
-                )
-                out += more_out
-                mean += more_mean
-                u_sum += more_u
+                key = tl.load(KEYS + place, mask=live, other=0)
+                k = gather(K, key, live, k_t, d, D, BLOCK_D)
+                key_position = key
+                if HAS_ALIBI:
+                    key_position = tl.load(KEY_POSITION + key, mask=live, other=0)
+                z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
+                tl.store(Z + place, z * (alpha - 1.0), mask=live)
+        tl.debug_barrier()
+
+        head = bh.to(tl.int64) * query_length
+        for begin in range(0, TURNS * ROWS, THRESHOLD_ROWS):
+            find_thresholds(
+                KEYS, Z, FIRST + head, COUNT + head, BOUND + head, TAU + head,
+                first_row + begin + tl.arange(0, THRESHOLD_ROWS), slab, query_length, (alpha - 1.0) * scale, r, FORMULA,
+            )  # fmt: skip
+        tl.debug_barrier()
+
+        for turn in range(0, TURNS):
+            row = first_row + turn * ROWS + tl.arange(0, ROWS)
+            inside = row < query_length
+            at = bh.to(tl.int64) * query_length + row
+            count = tl.load(COUNT + at, mask=inside, other=0)
+            first = slab + tl.load(FIRST + at, mask=inside, other=0)
+            tau = tl.load(TAU + at, mask=inside, other=0.0)
+            bound = tl.load(BOUND + at, mask=inside, other=0.0)
+            out = tl.zeros((ROWS, BLOCK_D), tl.float32)
+            mean = tl.zeros((ROWS, BLOCK_D), tl.float32)
+            u_sum = tl.zeros((ROWS,), tl.float32)
+            for begin in range(0, tl.max(count, 0), PAIRS):
+                live = (begin + c)[None, :] < count[:, None]
+                place = first[:, None] + (begin + c)[None, :]
+                key = tl.load(KEYS + place, mask=live, other=0)
+                z = tl.load(Z + place, mask=live, other=float("-inf"))
+                p, u = entmax_weights(z - tau[:, None], r, FORMULA)
+                v = gather(V, key, live, v_t, d, D, BLOCK_D)
+                out += tl.sum(p[:, :, None] * v, 1)
+                mean += tl.sum(u[:, :, None] * v, 1)
+                u_sum += tl.sum(u, 1)
             mean = mean / tl.where(u_sum > 0.0, u_sum, 1.0)[:, None]
+            out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
             to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
             full = inside[:, None] & (d < D)[None, :]
-            out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
             tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
             tl.store(MEAN + to, mean.to(MEAN.dtype.element_ty), mask=full)
-            tl.store(TAU + at, tau, mask=inside)
-            tl.store(COUNT + at, kept, mask=inside)
 
 
 @triton.jit
