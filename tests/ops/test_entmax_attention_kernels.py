@@ -326,6 +326,64 @@ def test_key_ranges_at_length(kind, road):
     compare(*inputs(2, 2, 1, 2047, 2047, 64, torch.bfloat16), key_range=key_ranges(2047)[kind])
 
 
+def listed_keys(keys, first, count, in_tiles, key_length) -> Tensor:
+    """Which keys stand on the lists, bool (B * H, Tq, Tk), of rows of any length; `keys` holds a slab for each block."""
+    heads, blocks = in_tiles.shape
+    first, count = first.flatten(0, 1), count.flatten(0, 1)
+    block_rows = entmax_tiles(64, torch.bfloat16)["collect"].block_m
+    row = torch.arange(count.shape[1], device=count.device)
+    slab = torch.arange(heads, device=count.device)[:, None] * blocks + row // block_rows
+    begin = (slab * (keys.numel() // (heads * blocks)) + first).flatten()
+    length = count.flatten().long()
+    at = torch.arange(int(length.sum()), device=count.device)
+    at += torch.repeat_interleave(begin - (length.cumsum(0) - length), length)
+    listed = torch.zeros(count.numel(), key_length, dtype=torch.bool, device=count.device)
+    listed[torch.repeat_interleave(torch.arange(count.numel(), device=count.device), length), keys[at].long()] = True
+    return listed.view(heads, -1, key_length)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "q_size, k_size, sharpness",
+    [(1, 1, 2), (1, 1, 50), (1e3, 1, 2), (1e3, 1e-4, 2), (1e-4, 1e3, 2), (1e-3, 1e-3, 2), (2e3, 2e3, 2)],
+)
+@pytest.mark.parametrize("bias", ["none", "alibi", "alibi, all far away"])
+def test_no_key_of_the_support_is_missed(dtype, q_size, k_size, sharpness, bias):
+    """Keys that barely belong to it would not be missed in the output; whatever the kernel scales and rounds, here they are."""
+    length = 2048
+    q = (q_size * torch.randn(1, 2, length, 64, device=DEVICE)).to(dtype)
+    k = (k_size * torch.randn(1, 2, length, 64, device=DEVICE)).to(dtype)
+    scale = sharpness / (8 * q_size * k_size)
+    i = torch.arange(length, device=DEVICE)
+    stop = i + 1 if bias != "alibi, all far away" else (i - 500).clamp(min=0)
+    key_range = KeyRange(*(x.int().expand(1, 2, length) for x in (torch.zeros_like(stop), stop)))
+    slopes = None if bias == "none" else torch.tensor([0.5, 0.0625], device=DEVICE)
+    query_positions, key_positions = text_positions(q, k)
+    places = {"query_positions": query_positions, "key_positions": key_positions}
+    arguments = operator.operator_arguments(q, k, k, key_range, alpha=1.5, scale=scale, alibi_slopes=slopes, **places)
+    _, _, tau, keys, first, count, in_tiles, _ = operator.entmax_attention_forward(*arguments)
+    on_lists = (in_tiles == 0).repeat_interleave(entmax_tiles(64, dtype)["collect"].block_m, 1)
+    assert on_lists.any()
+
+    z = (q.double() @ k.double().mT)[0] * scale / 2
+    if slopes is not None:
+        z -= slopes.view(-1, 1, 1) / 2 * (i[:, None] - i).abs()
+    z = z.masked_fill(~key_range.dense_mask(length)[0], -torch.inf)
+    sorted_z = z.topk(256, -1).values  # Peters, Niculae and Martins 2019, algorithm for alpha = 1.5
+    n = torch.arange(1, 257, device=DEVICE)
+    mean = sorted_z.cumsum(-1) / n
+    spread = (sorted_z**2).cumsum(-1) - n * mean**2
+    candidate = mean - ((1 - spread) / n).clamp(min=0).sqrt()
+    support = (candidate <= sorted_z).sum(-1, keepdim=True)
+    threshold = candidate.gather(-1, support.clamp(min=1) - 1)
+    listed = listed_keys(keys, first, count, in_tiles, length)
+    rounding = 3e-5 + 1e-6 * z[z.isfinite()].abs().max()
+    belongs = (z > threshold + rounding) & on_lists[..., None]
+    assert belongs.any() and not (belongs & ~listed).any()
+    assert not (listed & (z < threshold - rounding)).any()
+
+
 @pytest.mark.gpu
 def test_128k_tokens():
     """Against the float64 reference on the last rows: no index overflows, and no row is lost."""
