@@ -187,12 +187,14 @@ def prepare_torch(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Call:
 
 
 def prepare_flex(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def causal(batch, head, query, key):
         return query >= key
 
     torch._dynamo.reset()  # what was compiled for other lengths counts towards a limit
+    torch._functorch.config.donated_buffer = False  # the backward pass is timed by itself, again and again
     length = q.shape[2]
     block_mask = create_block_mask(causal, None, None, length, length, device=q.device)
     compiled = torch.compile(flex_attention, dynamic=False)

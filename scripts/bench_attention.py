@@ -25,6 +25,7 @@ q, k and v, output and gradients included.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -298,9 +299,20 @@ def colours_of(names: Sequence[str]) -> dict[str, str]:
     return {name: colours[key] for name, key in zip(names, keys, strict=True)}
 
 
+def break_even(points: Sequence[tuple[float, float]], ms: float) -> float | None:
+    """The support at which a line through (support, ms), straight on logarithmic axes, first rises to `ms`; None if nowhere."""
+    points = [(math.log(x), math.log(y)) for x, y in sorted(points)]
+    level = math.log(ms)
+    for (x, y), (next_x, next_y) in itertools.pairwise(points):
+        if y < level <= next_y:
+            return math.exp(x + (next_x - x) * (level - y) / (next_y - y))
+    return None
+
+
 def plot(rows: Sequence[Row], path: Path) -> Path | None:
     """A panel for each length: ms against support, and lines across for what does not depend on the input.
 
+    A ring marks the support at which a line meets the fastest of those across, where it has points on both sides; between points it is a guess.
     None without an entmax row; hash-sparse rows are not drawn, since support means nothing to them.
     """
     from adasplash.evaluation.plots import length_label, readable_scale
@@ -329,6 +341,11 @@ def plot(rows: Sequence[Row], path: Path) -> Path | None:
             own.sort(key=lambda row: row["support"])
             x, y = [row["support"] for row in own], [row["sum_ms"] for row in own]
             (labelled[name],) = axes.plot(x, y, color=colours[name], marker="o", markersize=5, linewidth=1.3)
+            fastest = min((row["sum_ms"] for row in dense if row["length"] == length), default=math.inf)
+            if even := break_even(list(zip(x, y, strict=True)), fastest):
+                axes.plot([even], [fastest], marker="o", markersize=11, fillstyle="none", color="#444444")
+                note = {"xytext": (0, -16), "textcoords": "offset points", "ha": "left", "fontsize": 9}
+                axes.annotate(f"break-even {even:.0f}", (even, fastest), **note)
         axes.set_title(f"length {length_label(length)}", loc="left", fontsize=10)
         axes.set_xlabel("keys with weight per query")
         axes.spines[["top", "right"]].set_visible(False)

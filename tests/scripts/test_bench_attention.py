@@ -1,6 +1,7 @@
 """The benchmark of attention, as far as it runs without a GPU."""
 
 import argparse
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -144,6 +145,14 @@ def test_the_table_shows_ratios_and_no_time_beside_a_wrong_result():
 def test_the_picture_needs_an_entmax_row(tmp_path):
     assert bench.plot(ROWS[2:], tmp_path / "attention.png") is None
     assert bench.plot(ROWS, tmp_path / "attention.png").stat().st_size > 1000
+
+
+def test_break_even_is_where_a_line_rises_to_a_time():
+    assert bench.break_even([(16, 4.0), (4, 1.0)], 2.0) == pytest.approx(8)  # straight on logarithmic axes
+    assert bench.break_even([(2, 5.0), (4, 1.0), (8, 3.0), (16, 12.0)], 6.0) == pytest.approx(8 * 2**0.5)
+    assert bench.break_even([(2, 1.0), (4, 2.0)], 6.0) is None
+    assert bench.break_even([(2, 8.0), (4, 9.0)], 6.0) is None
+    assert bench.break_even([(2, 8.0)], math.inf) is None
 
 
 def test_the_picture_of_lengths_needs_two_of_them(tmp_path):
