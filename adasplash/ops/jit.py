@@ -15,6 +15,26 @@ LINEAR = 1  # alpha = 2
 QUADRATIC = 2  # alpha = 1.5
 QUARTIC = 4  # alpha = 1.25
 
+# Sizes of a call, which kernels are compiled without looking at: other lengths, batches and numbers of heads compile nothing
+# anew. Strides do count, since aligned rows are loaded in wider pieces; those of aligned head dims always are.
+SIZES = (
+    "batch",
+    "batch_heads",
+    "blocks",
+    "chunks",
+    "columns",
+    "groups",
+    "heads",
+    "key_length",
+    "query_length",
+    "query_rows",
+    "range_b",
+    "range_h",
+    "seeing_buckets",
+    "sinks_at_most",
+    "slots",
+)
+
 INTERPRETED = triton.knobs.runtime.interpret
 IN_PYTHON = tl.constexpr(INTERPRETED)
 
@@ -22,6 +42,11 @@ IN_PYTHON = tl.constexpr(INTERPRETED)
 def formula_of(alpha: float | None) -> int:
     """The kernels' formula for a known alpha; None: alpha is only known on the GPU."""
     return {1.25: QUARTIC, 1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
+
+
+def sizes_without(*aligned: str) -> list[str]:
+    """SIZES for a kernel that loads wider pieces of what has so many entries, where that is a multiple of 16."""
+    return [size for size in SIZES if size not in aligned]
 
 
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:

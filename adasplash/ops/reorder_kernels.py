@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .jit import kernel_operator, last_contiguous, with_equal_strides
+from .jit import kernel_operator, last_contiguous, sizes_without, with_equal_strides
 from .key_range import KeyRange
 from .reorder import Reordering
 from .tile_table import block_dim
@@ -24,10 +24,11 @@ from .tile_table import block_dim
 CHUNK = 32  # places of one program, which is one warp; ranks within are found by comparing all pairs
 BUCKETS_AT_ONCE = 16
 QUERIES_AT_ONCE = 256
+UNALIGNED = sizes_without("query_length", "key_length", "query_rows", "range_b", "range_h")
 ELEMENTS_AT_ONCE = 4096  # of the rows that one program copies or hashes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def hash_kernel(
     PARTS, DIRECTIONS, batch, groups, half,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -83,7 +84,7 @@ def load_buckets(pointers, inside, KEPT: tl.constexpr):
     return tl.where(inside, bucket, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def count_kernel(
     QUERY_BUCKETS, KEY_BUCKETS, COUNTS, query_rows, query_length, key_length, chunks, n_buckets,
     KEPT: tl.constexpr, CHUNK: tl.constexpr, BUCKETS_AT_ONCE: tl.constexpr,
@@ -100,7 +101,7 @@ def count_kernel(
     tl.store(counts_at + 1 + bucket * chunks + chunk, count, mask=bucket < n_buckets)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def place_kernel(
     QUERY_BUCKETS, KEY_BUCKETS, BEFORE, QUERY_ORDER, KEY_ORDER, QUERY_COUNT, KEY_COUNT,
     query_rows, query_length, key_length, chunks, n_buckets, seeing_buckets,
@@ -143,7 +144,7 @@ def new_place(text_place, bucket, inside, key_order, before, key_length, chunks,
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def range_kernel(
     QUERY_BUCKETS, QUERY_ORDER, KEY_ORDER, BEFORE, START, STOP, NEW_START, NEW_STOP,
     range_b, range_h, range_t,
@@ -172,7 +173,7 @@ def range_kernel(
     tl.store(NEW_STOP + query_row + at, tl.where(seeing, stop, start), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def rows_kernel(PARTS, batch, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, RESTORE: tl.constexpr):
     """Copies row order[i] to row i, or back if RESTORE; zeros from row COUNT of the new order on.
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..jit import (
+    SIZES,
     entmax_weights,
     load_rows,
     load_tile,
@@ -31,7 +32,7 @@ SLACK = tl.constexpr(2.0**-12)
 STEEP = tl.constexpr(2.0**60)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_norm_kernel(
     K, KEY_NORM, k_b, k_h, k_t, groups, key_length,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -143,7 +144,7 @@ def settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M: tl.constexp
     return bound, slope, kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def collect_kernel(
     Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION,
     WORK, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..jit import entmax_weights, newton_step, popcount, store_block_range, visible_tiles
+from ..jit import SIZES, entmax_weights, newton_step, popcount, store_block_range, visible_tiles
 from ..tile_table import Tiles, block_dim
 from .collect import SLACK, raise_bound
 
@@ -279,7 +279,7 @@ def may_fit(kept, tiles, rows, capacity):
     return -gl.log(gl.maximum(1.0 - share, 1e-3)) * (rows * tiles) <= capacity
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def collect_hopper_kernel(
     Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION,
     WORK, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import entmax_weights, load_rows, load_tile
+from ..jit import SIZES, entmax_weights, load_rows, load_tile, sizes_without
 from .lists import pair_scores
 
 WIDEST_SORT = tl.constexpr(128)  # entries that one column is sorted among
 
 
-@triton.jit
+@triton.jit(do_not_specialize=sizes_without("key_length"))
 def lay_out_columns_kernel(
     COLUMN_COUNT, CURSOR, SINKS, SINK_COUNT, key_length, region, sinks_at_most, longest, AT_ONCE: tl.constexpr
 ):
@@ -40,7 +40,7 @@ def lay_out_columns_kernel(
     tl.store(SINK_COUNT + bg, sinks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def transpose_kernel(
     KEYS, FIRST, COUNT, IN_TILES, CURSOR, QUERIES,
     heads, ratio, query_length, key_length, blocks, capacity, longest,
@@ -81,7 +81,7 @@ def sort_columns(QUERIES, begin, length, WIDTH: tl.constexpr):
     tl.store(QUERIES + begin[:, None] + e, tl.sort(entry, 1), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sort_columns_kernel(CURSOR, QUERIES, columns, longest, TURNS: tl.constexpr, COLUMNS: tl.constexpr):
     """Puts the entries of each column in ascending order: what depends on the order of arrival ends here.
 
@@ -106,7 +106,7 @@ def sort_columns_kernel(CURSOR, QUERIES, columns, longest, TURNS: tl.constexpr, 
             sort_columns(QUERIES, begin, length, 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def columns_backward_kernel(
     Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, CURSOR, QUERIES, TAU, DELTA, D_OUT, DK, DV,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import entmax_weights, largest, load_rows, load_tile, newton_step
+from ..jit import SIZES, entmax_weights, largest, load_rows, load_tile, newton_step
 
 NEWTON_STEPS = tl.constexpr(24)  # at most; a handful is usual
 THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side
@@ -83,7 +83,7 @@ def find_thresholds(KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, query_length, 
     tl.store(COUNT + row, kept, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def rows_forward_kernel(
     Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, KEYS, FIRST, COUNT, IN_TILES, BOUND, Z, OUT, MEAN, TAU,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t,
@@ -174,7 +174,7 @@ def rows_forward_kernel(
             tl.store(MEAN + to, mean.to(MEAN.dtype.element_ty), mask=full)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def rows_backward_kernel(
     Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, KEYS, FIRST, COUNT, IN_TILES, TAU, MEAN, D_OUT,
     DELTA, COLUMN_COUNT, DQ, D_ALPHA,

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import load_rows, load_tile, score_tile, visible_tiles, with_equal_strides
+from ..jit import SIZES, load_rows, load_tile, score_tile, visible_tiles, with_equal_strides
 from ..key_range import KeyRange
 from ..tile_table import block_dim
 from .operator import entmax_attention_forward, operator_arguments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def count_support_kernel(
     Q, K, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, TAU, SUPPORT, ACTIVE,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h, heads, ratio, query_length, key_length, blocks,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..jit import (
+    SIZES,
     entmax_weights,
     halley_step,
     largest,
@@ -19,13 +20,14 @@ from ..jit import (
     newton_step,
     score_tile,
     seeing_blocks,
+    sizes_without,
     visible_tiles,
 )
 
 NEWTON_STEPS = tl.constexpr(16)  # at most; two or three are usual
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def list_blocks_kernel(IN_TILES, BLOCKS, BLOCK_COUNT, blocks, AT_ONCE: tl.constexpr):
     """The blocks of one (batch, head): those in tile mode, and after them the others, each in ascending order.
 
@@ -47,7 +49,7 @@ def list_blocks_kernel(IN_TILES, BLOCKS, BLOCK_COUNT, blocks, AT_ONCE: tl.conste
         listed += tl.sum(flag, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def tiles_forward_kernel(
     Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BOUND, OUT, MEAN, TAU,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, range_b, range_h,
@@ -175,7 +177,7 @@ def tiles_forward_kernel(
         tl.store(TAU + at, tau + left, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def tiles_backward_rows_kernel(
     Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, TAU, MEAN, D_OUT,
     DELTA, DQ, D_ALPHA,
@@ -265,7 +267,7 @@ def tiles_backward_rows_kernel(
             tl.store(D_ALPHA + at, by_alpha, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=sizes_without("query_length", "range_b", "range_h"))
 def tiles_backward_columns_kernel(
     Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BLOCK_RANGE, SINKS, SINK_COUNT,
     PARTIAL, ARRIVED, TAU, DELTA, D_OUT, DK, DV,

@@ -11,14 +11,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import load_per_row, load_rows, load_tile, score_tile, seeing_blocks, store_block_range, visible_tiles
+from ..jit import (
+    SIZES,
+    load_per_row,
+    load_rows,
+    load_tile,
+    score_tile,
+    seeing_blocks,
+    sizes_without,
+    store_block_range,
+    visible_tiles,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e)), and exp2 is what the hardware has
 LOWEST = tl.constexpr(-3.0e38)  # where a row's maximum starts: finite, since -inf - -inf is NaN
 UNSEEING = tl.constexpr(float("inf"))  # kept for rows that see no key: all their weights are exp2(z - inf) = 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def softmax_forward_kernel(
     Q, K, V, START, STOP, SLOPES, QUERY_POSITION, KEY_POSITION, OUT, LSE, BLOCK_RANGE,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, range_b, range_h,
@@ -95,7 +105,7 @@ def softmax_forward_kernel(
     tl.store(LSE + at, lse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def softmax_backward_rows_kernel(
     Q, K, V, START, STOP, SLOPES, QUERY_POSITION, KEY_POSITION, OUT, LSE, D_OUT, DELTA, DQ,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, o_b, o_h, o_t, dq_b, dq_h, dq_t,
@@ -165,7 +175,7 @@ def softmax_backward_rows_kernel(
     tl.store(dq_at, (dq * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & in_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=sizes_without("query_length", "range_b", "range_h"))
 def softmax_backward_columns_kernel(
     Q, K, V, START, STOP, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCK_RANGE, LSE, DELTA, D_OUT, DK, DV,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
