@@ -312,7 +312,7 @@ def break_even(points: Sequence[tuple[float, float]], ms: float) -> float | None
 def plot(rows: Sequence[Row], path: Path) -> Path | None:
     """A panel for each length: ms against support, and lines across for what does not depend on the input.
 
-    A ring marks the support at which a line meets the fastest of those across, where it has points on both sides; between points it is a guess.
+    A ring marks the support at which a line meets the fastest of those across that drop nothing, where it has points on both sides; between points it is a guess.
     None without an entmax row; hash-sparse rows are not drawn, since support means nothing to them.
     """
     from adasplash.evaluation.plots import length_label, readable_scale
@@ -341,11 +341,12 @@ def plot(rows: Sequence[Row], path: Path) -> Path | None:
             own.sort(key=lambda row: row["support"])
             x, y = [row["support"] for row in own], [row["sum_ms"] for row in own]
             (labelled[name],) = axes.plot(x, y, color=colours[name], marker="o", markersize=5, linewidth=1.3)
-            fastest = min((row["sum_ms"] for row in dense if row["length"] == length), default=math.inf)
+            whole = [row["sum_ms"] for row in dense if row["length"] == length and ":" not in row["implementation"]]
+            fastest = min(whole, default=math.inf)
             if even := break_even(list(zip(x, y, strict=True)), fastest):
                 axes.plot([even], [fastest], marker="o", markersize=11, fillstyle="none", color="#444444")
                 note = {"xytext": (0, -16), "textcoords": "offset points", "ha": "left", "fontsize": 9}
-                axes.annotate(f"break-even {even:.0f}", (even, fastest), **note)
+                axes.annotate(f"break-even about {even:.0f}", (even, fastest), **note)
         axes.set_title(f"length {length_label(length)}", loc="left", fontsize=10)
         axes.set_xlabel("keys with weight per query")
         axes.spines[["top", "right"]].set_visible(False)

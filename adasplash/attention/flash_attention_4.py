@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.announce import announce
+from ..ops.torch_operator import torch_operator
 
 
 class Kernels(NamedTuple):
@@ -54,34 +55,29 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+@torch_operator("adasplash::flash_attention_4")
+def forward_operator(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """q (B, Tq, H, D); k, v (B, Tk, G, D). Returns out as q, contiguous, and lse (B, H, Tq) float32."""
-    with torch.cuda.device_of(q):
-        out, lse, *_ = installed_kernels().forward(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
+    out, lse, *_ = installed_kernels().forward(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
     return out, lse
 
 
-def _backward(
+def _empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous, whatever the strides of q, k and v: the package takes no others."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+@torch_operator("adasplash::flash_attention_4_backward")
+def backward_operator(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv as q, k, v."""
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    with torch.cuda.device_of(q):
-        installed_kernels().backward(
-            q, k, v, out, d_out, lse, scale, causal,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **dict(zip(("dq", "dk", "dv"), gradients, strict=True)),
-        )  # fmt: skip
-    return gradients
-
-
-def _operator(name: str, function: Callable):
-    schema = torch.library.infer_schema(function, mutates_args=())
-    return torch.library.custom_op(name, function, mutates_args=(), schema=schema)
-
-
-forward_operator = _operator("adasplash::flash_attention_4", _forward)
-backward_operator = _operator("adasplash::flash_attention_4_backward", _backward)
+    """dq, dk, dv, contiguous."""
+    dq, dk, dv = _empty_gradients(q, k, v)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    installed_kernels().backward(
+        q, k, v, out, d_out, lse, scale, causal, deterministic=deterministic, dq=dq, dk=dk, dv=dv
+    )
+    return dq, dk, dv
 
 
 @forward_operator.register_fake
@@ -92,7 +88,7 @@ def _(q, k, v, scale, causal):
 
 @backward_operator.register_fake
 def _(d_out, q, k, v, out, lse, scale, causal):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return _empty_gradients(q, k, v)
 
 
 def _save(ctx, inputs, output):

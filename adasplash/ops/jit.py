@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+
+from .torch_operator import torch_operator
 
 # Which formula a kernel is built for: p = d ** r with d = z - tau and r = 1 / (alpha - 1). It is r where products are enough.
 GENERAL = 0  # any 1 < alpha <= 2, read from a tensor
@@ -60,22 +61,8 @@ def with_equal_strides(start: torch.Tensor, stop: torch.Tensor) -> tuple[torch.T
 
 
 def kernel_operator(name: str) -> Callable:
-    """Decorator: registers a function that launches kernels as the torch operator `name`, which mutates nothing.
-
-    The kernels run on the GPU of the first argument, whichever GPU is current.
-    """
-
-    def register(function):
-        @functools.wraps(function)
-        def on_its_device(*args, **kwargs):
-            with torch.cuda.device_of(args[0]):
-                return function(*args, **kwargs)
-
-        schema = torch.library.infer_schema(function, mutates_args=())
-        device_types = None if INTERPRETED else "cuda"
-        return torch.library.custom_op(name, on_its_device, mutates_args=(), device_types=device_types, schema=schema)
-
-    return register
+    """Decorator: registers a function that launches kernels as the torch operator `name`; on CPU for the interpreter alone."""
+    return torch_operator(name, None if INTERPRETED else "cuda")
 
 
 @triton.jit

@@ -33,6 +33,7 @@ def stand_in_for_flash_attention_4(monkeypatch):
         return out.transpose(1, 2).contiguous(), lse, None
 
     def backward(q, k, v, out, d_out, lse, softmax_scale, causal, *, deterministic, dq, dk, dv):
+        assert all(x.is_contiguous() for x in (dq, dk, dv))
         asked.append(("backward", softmax_scale, causal))  # by hand: there is no autograd inside an operator
         repeated_k, repeated_v = (x.repeat_interleave(HEADS // GROUPS, 2) for x in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, repeated_k) * softmax_scale
@@ -53,6 +54,7 @@ def stand_in_for_flash_attention_4(monkeypatch):
 def test_flash_takes_flash_attention_4_where_it_is_and_fits(stand_in_for_flash_attention_4, monkeypatch, caplog):
     asked = stand_in_for_flash_attention_4
     q, k, v = inputs()
+    q = q.detach().mT.contiguous().mT.requires_grad_()  # another last stride than 1 is no hindrance
     expected = build()(q, k, v, scale=0.3)
     assert not asked and "FlashAttention-4" not in caplog.text  # not on this device
     monkeypatch.setattr(flash_attention_4, "fits", lambda q, k, v: True)

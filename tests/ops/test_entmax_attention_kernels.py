@@ -13,6 +13,7 @@ from adasplash.ops.range_attention import range_attention, text_positions
 from adasplash.ops.tile_table import ListShape, entmax_tiles, list_shapes
 
 operator = pytest.importorskip("adasplash.ops.entmax_attention.operator", reason="needs triton")
+THRESHOLD_ROWS = pytest.importorskip("adasplash.ops.entmax_attention.lists").THRESHOLD_ROWS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not operator.INTERPRETED, reason="needs a GPU or Triton's interpreter"
@@ -166,13 +167,20 @@ def test_gradient_of_an_alpha_near_one_in_tile_mode(monkeypatch):
     compare(*inputs(1, 1, 1, 66, 66, 16, torch.float16), alpha=torch.tensor([1.05], device=DEVICE))
 
 
+@pytest.mark.parametrize("slope", [None, 0.125])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("road", ["lists", "tiles", "both"])
-def test_what_is_not_finite_shows(road, monkeypatch):
+def test_what_is_not_finite_shows(road, dtype, slope, monkeypatch):
     """NaN in a query or a key comes out as NaN wherever it is seen, and nowhere else: training has to notice it."""
     take(road, monkeypatch)
-    q, k, v, _ = inputs(1, 2, 2, 70, 70, 16)
+    q, k, v, _ = inputs(1, 2, 2, 70, 70, 16, dtype)
     visible = resolve_key_range(q, k, KeyRange.window(70, 30, device=DEVICE), True)
-    attend = lambda: operator.entmax_attention_kernels(q, k, v, visible, alpha=1.5, scale=0.25)
+    how = {"alpha": 1.5, "scale": 0.25}
+    if slope:
+        query_positions, key_positions = text_positions(q, k)
+        slopes = torch.full((2,), slope, device=DEVICE)
+        how |= {"alibi_slopes": slopes, "query_positions": query_positions, "key_positions": key_positions}
+    attend = lambda: operator.entmax_attention_kernels(q, k, v, visible, **how)
     whole = attend()
     q[0, 0, 3, 5] = torch.nan
     k[0, 1, 20, 2] = torch.nan
@@ -203,6 +211,7 @@ def test_shapes_of_programs_go_together():
         rows = [tiles[name].block_m for name in ("forward", "rows", "columns", "sinks")]
         rows += [lists[name].rows * lists[name].turns for name in ("forward", "backward", "transpose")]
         assert all(tiles["collect"].block_m % n == 0 for n in rows), (dim, dtype)
+        assert lists["forward"].rows * lists["forward"].turns % THRESHOLD_ROWS.value == 0, dim
 
 
 @pytest.mark.parametrize("road", ["lists", "tiles"])
@@ -326,11 +335,10 @@ def test_key_ranges_at_length(kind, road):
     compare(*inputs(2, 2, 1, 2047, 2047, 64, torch.bfloat16), key_range=key_ranges(2047)[kind])
 
 
-def listed_keys(keys, first, count, in_tiles, key_length) -> Tensor:
+def listed_keys(keys, first, count, in_tiles, key_length, block_rows) -> Tensor:
     """Which keys stand on the lists, bool (B * H, Tq, Tk), of rows of any length; `keys` holds a slab for each block."""
     heads, blocks = in_tiles.shape
     first, count = first.flatten(0, 1), count.flatten(0, 1)
-    block_rows = entmax_tiles(64, torch.bfloat16)["collect"].block_m
     row = torch.arange(count.shape[1], device=count.device)
     slab = torch.arange(heads, device=count.device)[:, None] * blocks + row // block_rows
     begin = (slab * (keys.numel() // (heads * blocks)) + first).flatten()
@@ -348,22 +356,37 @@ def listed_keys(keys, first, count, in_tiles, key_length) -> Tensor:
     "q_size, k_size, sharpness",
     [(1, 1, 2), (1, 1, 50), (1e3, 1, 2), (1e3, 1e-4, 2), (1e-4, 1e3, 2), (1e-3, 1e-3, 2), (2e3, 2e3, 2)],
 )
-@pytest.mark.parametrize("bias", ["none", "alibi", "alibi, all far away"])
-def test_no_key_of_the_support_is_missed(dtype, q_size, k_size, sharpness, bias):
+@pytest.mark.parametrize(
+    "dim, alpha, bias",
+    [
+        (64, 1.5, "none"),
+        (128, 1.5, "none"),
+        (64, "learned", "none"),
+        (64, 1.5, "alibi"),
+        (64, 1.5, "alibi, both sides"),
+        (64, 1.5, "alibi, all far away"),
+    ],
+)
+def test_no_key_of_the_support_is_missed(dtype, q_size, k_size, sharpness, dim, alpha, bias):
     """Keys that barely belong to it would not be missed in the output; whatever the kernel scales and rounds, here they are."""
     length = 2048
-    q = (q_size * torch.randn(1, 2, length, 64, device=DEVICE)).to(dtype)
-    k = (k_size * torch.randn(1, 2, length, 64, device=DEVICE)).to(dtype)
-    scale = sharpness / (8 * q_size * k_size)
+    q = (q_size * torch.randn(1, 2, length, dim, device=DEVICE)).to(dtype)
+    k = (k_size * torch.randn(1, 2, length, dim, device=DEVICE)).to(dtype)
+    scale = sharpness / (dim**0.5 * q_size * k_size)
     i = torch.arange(length, device=DEVICE)
-    stop = i + 1 if bias != "alibi, all far away" else (i - 500).clamp(min=0)
+    stop = {"alibi, both sides": torch.full_like(i, length), "alibi, all far away": (i - 500).clamp(min=0)}.get(
+        bias, i + 1
+    )
     key_range = KeyRange(*(x.int().expand(1, 2, length) for x in (torch.zeros_like(stop), stop)))
     slopes = None if bias == "none" else torch.tensor([0.5, 0.0625], device=DEVICE)
     query_positions, key_positions = text_positions(q, k)
     places = {"query_positions": query_positions, "key_positions": key_positions}
-    arguments = operator.operator_arguments(q, k, k, key_range, alpha=1.5, scale=scale, alibi_slopes=slopes, **places)
+    alpha = torch.tensor([1.5, 1.5]) if alpha == "learned" else alpha
+    how = {"alpha": alpha, "scale": scale, "alibi_slopes": slopes, **places}
+    arguments = operator.operator_arguments(q, k, k, key_range, **how)
     _, _, tau, keys, first, count, in_tiles, _ = operator.entmax_attention_forward(*arguments)
-    on_lists = (in_tiles == 0).repeat_interleave(entmax_tiles(64, dtype)["collect"].block_m, 1)
+    block_rows = entmax_tiles(dim, dtype)["collect"].block_m
+    on_lists = (in_tiles == 0).repeat_interleave(block_rows, 1)
     assert on_lists.any()
 
     z = (q.double() @ k.double().mT)[0] * scale / 2
@@ -377,11 +400,25 @@ def test_no_key_of_the_support_is_missed(dtype, q_size, k_size, sharpness, bias)
     candidate = mean - ((1 - spread) / n).clamp(min=0).sqrt()
     support = (candidate <= sorted_z).sum(-1, keepdim=True)
     threshold = candidate.gather(-1, support.clamp(min=1) - 1)
-    listed = listed_keys(keys, first, count, in_tiles, length)
+    listed = listed_keys(keys, first, count, in_tiles, length, block_rows)
     rounding = 3e-5 + 1e-6 * z[z.isfinite()].abs().max()
     belongs = (z > threshold + rounding) & on_lists[..., None]
     assert belongs.any() and not (belongs & ~listed).any()
     assert not (listed & (z < threshold - rounding)).any()
+
+
+@pytest.mark.gpu
+def test_a_query_too_large_to_square_troubles_no_other():
+    q, k, v, _ = inputs(1, 1, 1, 40, 40, 64, torch.bfloat16)
+    visible = resolve_key_range(q, k, None, True)
+    attend = lambda: operator.entmax_attention_kernels(q, k, v, visible, alpha=1.5, scale=0.125)
+    whole = attend()
+    q[0, 0, 5] *= 1e20
+    out = attend()
+    others = torch.arange(40, device=DEVICE) != 5
+    torch.testing.assert_close(out[:, :, others], whole[:, :, others])
+    key = (q[0, 0, 5].double() @ k[0, 0, :6].double().mT).argmax()
+    assert out[0, 0, 5].isnan().all() or relative(out[0, 0, 5], v[0, 0, key]) < 1e-2  # either is right, zeros are not
 
 
 @pytest.mark.gpu

@@ -147,6 +147,18 @@ def test_the_picture_needs_an_entmax_row(tmp_path):
     assert bench.plot(ROWS, tmp_path / "attention.png").stat().st_size > 1000
 
 
+def test_the_picture_rings_the_break_even_with_attention_that_drops_nothing(tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda self, text, at, **how: notes.append((text, at)))
+    crossing = [
+        timed("adasplash", "gaussian", 18.0) | {"support": 29.0, "density": 1.0},
+        timed("qk_sparse:.7", "any", 1.0),
+    ]
+    bench.plot(ROWS + crossing, tmp_path / "attention.png")
+    [(text, (support, ms))] = notes
+    assert ms == 12.0 and 2.9 < support < 29.0 and text == f"break-even about {support:.0f}"
+
+
 def test_break_even_is_where_a_line_rises_to_a_time():
     assert bench.break_even([(16, 4.0), (4, 1.0)], 2.0) == pytest.approx(8)  # straight on logarithmic axes
     assert bench.break_even([(2, 5.0), (4, 1.0), (8, 3.0), (16, 12.0)], 6.0) == pytest.approx(8 * 2**0.5)

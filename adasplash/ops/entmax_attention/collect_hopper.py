@@ -1,8 +1,12 @@
 """The collect kernel for Hopper, in Gluon: the walk of collect.py, with layouts chosen by hand and keys copied by TMA.
 
 In every layout here a row lies in one warp, so that values of rows change layouts without shared memory and barriers.
-Scores are looked at in float16, two in a register, for which the queries of a block are scaled by a power of two; the
-margin pays for the digits lost. While a tile is looked at so, the registers of its scores take those of the next. And a block is looked at again, if that promises to help: bits are formed against the bound of the moment, which is loose at
+
+Scores are looked at in float16, two in a register: the queries of a block are scaled by a power of two so that none
+overflows, and the bound is lowered by what the rounding can do. While a tile is looked at so, the registers of its scores
+take those of the next.
+
+A block is looked at again, if that promises to help: bits are formed against the bound of the moment, which is loose at
 first, and so where many keys lie above the final bound, far more are marked. Such a block is mostly recognised by its
 first tiles, an eighth of a long walk, which then starts again with the bound that they have given. And where the keys do
 not fit in the end, there is one more walk with the final bound.
@@ -90,7 +94,8 @@ def start_dot(q_tile, k_tiles, ready, turn, wanted, MMA: gl.constexpr):
 def add_bias(raw, alibi, query_position, key_position, nearest):
     """ALiBi, less that of a key `nearest` away; what is far above that key's is cut, to what float16 can hold."""
     further = gl.abs(query_position[:, None] - key_position[None, :]) - nearest[:, None]
-    return gl.minimum(raw - alibi * further.to(gl.float32), 60000.0)
+    biased = gl.minimum(raw - alibi * further.to(gl.float32), 60000.0)
+    return gl.where(raw < float("inf"), biased, raw)  # what is not finite stays so
 
 
 @gluon.jit
@@ -151,9 +156,8 @@ def mark_tile(
     hit = top > lowered(bound, margin)
     raised, raised_slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
     bound, slope = gl.where(raising, raised, bound), gl.where(raising, raised_slope, slope)
-    limit = gl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [lowered(bound, margin)], gl.int32, is_pure=True, pack=1
-    )
+    limit = gl.maximum(lowered(bound, margin), -65504.0)  # finite: masked keys, at -inf, do not reach it
+    limit = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [limit], gl.int32, is_pure=True, pack=1)
     of_row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, pairs.type.layout)))
     limit = gl.convert_layout(limit, of_row, assert_trivial=True)
     of_eight: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, pairs.type.layout)))
@@ -339,10 +343,11 @@ def collect_hopper_kernel(
         alpha = gl.load(ALPHA + h).to(gl.float32)
         raw_z_scale = (alpha - 1.0) * scale
         r = 1.0 / (alpha - 1.0)
-        norm = gl.where(gl.sum(gl.abs(q), 1) < float("inf"), gl.sqrt(gl.sum(q * q, 1)), 0.0)
-        key_norm = gl.load(KEY_NORM + b * groups + group).to(gl.float32, bitcast=True)
-        # Scores of this magnitude count for a row, and it has a power of two `unit` for which it is from 2 ** 14 to 2 ** 15 of it.
-        largest_norm = gl.max(norm, 0)
+        norm = gl.sqrt(gl.sum(q * q, 1))
+        key_norm = gl.minimum(gl.load(KEY_NORM + b * groups + group).to(gl.float32, bitcast=True), 1e18)
+        # Of scores, and of what a row's threshold lies below its largest score. In units of a power of two it is at most 2 ** 15,
+        # and not below 2 ** 14 but where queries are that much larger than scores.
+        largest_norm = gl.max(gl.where(norm < float("inf"), norm, 0.0), 0)
         magnitude = gl.minimum(gl.maximum(largest_norm * key_norm + 1.0 / raw_z_scale, largest_norm), 1e38)
         exponent = gl.maximum(magnitude.to(gl.int32, bitcast=True) >> 23, 15)
         unit = (exponent - 14 << 23).to(gl.float32, bitcast=True)
@@ -350,17 +355,24 @@ def collect_hopper_kernel(
         z_scale = raw_z_scale * unit
         q_tile.store((q * per_unit).to(K.dtype))
         fence_async_shared()
-        # What rounding can do besides: of products in float32, and of scores above the bound, up to 1 in z.
-        margin = gl.convert_layout(norm, ROW) * key_norm * per_unit
-        margin = margin * ((D + 8 + tiles) * 2.0**-22) + 1.0 / z_scale * (SLACK + 2.0**-10) + 2.0**-23
+        norm = gl.convert_layout(norm, ROW)
+        margin = norm * key_norm * per_unit
         if HAS_ALIBI:
             alibi = gl.load(SLOPES + bh) / scale * per_unit
             query_position = gl.load(QUERY_POSITION + bh.to(gl.int64) * query_length + row, mask=inside, other=0)
             key_position = KEY_POSITION + (b * groups + group) * key_length
-            # Biases are counted from that of the last key in sight: no row's largest score is far below 0 then.
-            last_position = gl.load(key_position + gl.maximum(stop - 1, 0), mask=seeing, other=0)
-            nearest = gl.abs(query_position - last_position)
-            margin += alibi * nearest.to(gl.float32) * 2.0**-22
+            # Biases are counted from that of a key in sight, so that no row's largest score is far below 0: from the last one, or
+            # the one at the row's own place, whichever is nearer.
+            last = gl.maximum(stop - 1, 0)
+            own = gl.minimum(gl.maximum(row + key_length - query_length, start), last)
+            nearest = gl.abs(query_position - gl.load(key_position + last, mask=seeing, other=0))
+            nearest = gl.minimum(nearest, gl.abs(query_position - gl.load(key_position + own, mask=seeing, other=0)))
+            margin += gl.abs(alibi) * nearest.to(gl.float32)
+        # What rounding can do besides: to products and sums in float32, to queries scaled down, to scores above the bound, up to 1 in z.
+        margin = margin * ((D + 8 + tiles) * 2.0**-22) + 1.0 / z_scale * (SLACK + 2.0**-10) + 2.0**-23
+        if K.dtype == gl.float16:
+            margin += key_norm * 2.0**-21
+        margin = gl.where(norm < float("inf"), gl.minimum(margin, 65536.0), 65536.0)
 
         bound = gl.where(seeing, float("-inf"), float("inf"))  # a row that sees nothing makes no entries
         slope = gl.full([BLOCK_M], 1.0, gl.float32, layout=ROW)
@@ -453,8 +465,7 @@ def collect_hopper_kernel(
 
         # The keys of the entries left.
         store_block_range(BLOCK_RANGE, bh * blocks + block, start, stop, key_length)
-        # Steps along the lists lead to the threshold from either side; those in tiles have to begin below it.
-        bound = gl.where(fits, bound, lowered(bound, margin)) * unit
+        bound = lowered(bound, margin) * unit
         if HAS_ALIBI:
             bound -= alibi * unit * nearest.to(gl.float32)
         bound = gl.convert_layout(gl.where(seeing, bound, 0.0), LIST)
