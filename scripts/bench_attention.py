@@ -312,7 +312,8 @@ def break_even(points: Sequence[tuple[float, float]], ms: float) -> float | None
 def plot(rows: Sequence[Row], path: Path) -> Path | None:
     """A panel for each length: ms against support, and lines across for what does not depend on the input.
 
-    A ring marks the support at which a line meets the fastest of those across that drop nothing, where it has points on both sides; between points it is a guess.
+    A ring marks the support at which a line meets the fastest of those across that drop nothing, where it has points on both
+    sides; between points it is a guess.
     None without an entmax row; hash-sparse rows are not drawn, since support means nothing to them.
     """
     from adasplash.evaluation.plots import length_label, readable_scale

@@ -132,7 +132,8 @@ def seeing_blocks(BLOCK_RANGE, BLOCKS, todo, whole_blocks, first_key, end_key):
 
     BLOCKS: their numbers, ascending; None: 0, 1, ... Places in it from lo to hi hold the blocks that see some of the keys,
     from full_lo to full_hi a run of consecutive blocks, from full_block on, where all rows see all of them that see anything;
-    some may not, and need a threshold that no score exceeds. A block from whole_blocks on has not all of its rows. Ranges that move on with the queries have one such run; of others the first is taken.
+    some may not, and need a threshold that no score exceeds. A block from whole_blocks on has not all of its rows. Ranges that
+    move on with the queries have one such run; of others the first is taken.
     """
     lo = todo
     hi = 0

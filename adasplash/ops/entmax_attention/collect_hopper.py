@@ -192,7 +192,10 @@ def mark_tile(
 def settle(
     RECORDS, bound, slope, found, margin, z_scale, r, FORMULA: gl.constexpr, ENTRY: gl.constexpr, COUNT: gl.constexpr
 ):
-    """As in collect.py, and returns the number of keys in the entries kept, too. Values of rows have a slice of a (M, TOPS_AT_ONCE) layout."""
+    """As in collect.py, and returns the number of keys in the entries kept, too.
+
+    Values of rows have a slice of a (M, TOPS_AT_ONCE) layout.
+    """
     BLOCK_M: gl.constexpr = bound.shape[0]
     LIST: gl.constexpr = bound.type.layout.parent
     barrier()

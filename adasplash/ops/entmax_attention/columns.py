@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..jit import SIZES, entmax_weights, load_rows, load_tile, sizes_without
-from .lists import pair_scores
+from .lists import load_lists, pair_scores
 
 WIDEST_SORT = tl.constexpr(128)  # entries that one column is sorted among
 
@@ -61,8 +61,7 @@ def transpose_kernel(
             row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
             inside = row < query_length
             at = bh.to(tl.int64) * query_length + row
-            count = tl.load(COUNT + at, mask=inside, other=0)
-            first = slab + tl.load(FIRST + at, mask=inside, other=0)
+            first, count = load_lists(FIRST, COUNT, at, inside, slab)
             entry = bh % ratio * query_length + row
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]

@@ -16,6 +16,13 @@ THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side
 
 
 @triton.jit
+def load_lists(FIRST, COUNT, at, inside, slab):
+    """Of the rows at `at`: where their keys begin in KEYS, in which those of their block begin at `slab`; and how many they are."""
+    count = tl.load(COUNT + at, mask=inside, other=0)
+    return slab + tl.load(FIRST + at, mask=inside, other=0), count
+
+
+@triton.jit
 def gather(X, at, live, x_t, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows `at` (R, C) of a head X as (R, C, D) in float32; zeros where not live."""
     pointers = X + at[:, :, None].to(tl.int64) * x_t + d[None, None, :]
@@ -39,8 +46,7 @@ def find_thresholds(KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, query_length, 
     gives weight to none, in tiles either.
     """
     inside = row < query_length
-    count = tl.load(COUNT + row, mask=inside, other=0)
-    first = slab + tl.load(FIRST + row, mask=inside, other=0)
+    first, count = load_lists(FIRST, COUNT, row, inside, slab)
     bound = tl.load(BOUND + row, mask=inside, other=0.0) * bound_scale
     AT_ONCE: tl.constexpr = 32 // THRESHOLD_ROWS  # a thread of the warp for each
     c = tl.arange(0, AT_ONCE)[None, :]
@@ -93,8 +99,8 @@ def rows_forward_kernel(
 ):  # fmt: skip
     """tau, out and the u-weighted mean of v for TURNS * ROWS queries; leaves in KEYS and COUNT the exact support.
 
-    Rows are scored and weighed ROWS at a time, and have their thresholds found all together: what differs from row to row
-    is long there, and a row is short here. OUT and MEAN are (B, H, Tq, D) with strides out_*; Z is scratch shaped as KEYS.
+    Rows are scored and weighed ROWS at a time, for a key is D numbers there; their thresholds are found THRESHOLD_ROWS at a
+    time, for a key is one number then. OUT and MEAN are (B, H, Tq, D) with strides out_*; Z is scratch shaped as KEYS.
     """
     bh = tl.program_id(1)
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
@@ -119,8 +125,7 @@ def rows_forward_kernel(
             row = first_row + turn * ROWS + tl.arange(0, ROWS)
             inside = row < query_length
             at = bh.to(tl.int64) * query_length + row
-            count = tl.load(COUNT + at, mask=inside, other=0)
-            first = slab + tl.load(FIRST + at, mask=inside, other=0)
+            first, count = load_lists(FIRST, COUNT, at, inside, slab)
             q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
             query_position = row
             if HAS_ALIBI:
@@ -149,8 +154,7 @@ def rows_forward_kernel(
             row = first_row + turn * ROWS + tl.arange(0, ROWS)
             inside = row < query_length
             at = bh.to(tl.int64) * query_length + row
-            count = tl.load(COUNT + at, mask=inside, other=0)
-            first = slab + tl.load(FIRST + at, mask=inside, other=0)
+            first, count = load_lists(FIRST, COUNT, at, inside, slab)
             tau = tl.load(TAU + at, mask=inside, other=0.0)
             bound = tl.load(BOUND + at, mask=inside, other=0.0)
             out = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -209,9 +213,8 @@ def rows_backward_kernel(
             row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
             inside = row < query_length
             at = bh.to(tl.int64) * query_length + row
-            count = tl.load(COUNT + at, mask=inside, other=0)
             slab = (bh.to(tl.int64) * blocks + block) * capacity
-            first = slab + tl.load(FIRST + at, mask=inside, other=0)
+            first, count = load_lists(FIRST, COUNT, at, inside, slab)
             tau = tl.load(TAU + at, mask=inside, other=0.0)
             q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
             d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D).to(tl.float32)
