@@ -91,7 +91,7 @@ def tune(kernel: str, dim: int, heads: int, length: int) -> None:
     family, part = kernel.split(".")
     module, table = (entmax, "entmax_tiles") if family == "entmax" else (softmax, "softmax_tiles")
     lookup = getattr(module, table)
-    now = lookup(dim, torch.bfloat16)
+    now = lookup(dim, torch.bfloat16, torch.device("cuda"))
     step = step_function(family, make_inputs(parse_input(spec), TOKENS // length, heads, length, dim, device="cuda"))
     times = {}
     try:

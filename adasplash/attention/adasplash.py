@@ -48,6 +48,10 @@ class AdaSplashOptions(Options):
                 f"alpha = {self.alpha:g}."
             )
 
+    @property
+    def normaliser_alpha(self):
+        return self.alpha
+
 
 class AdaSplash(AttentionBackend):
     name = "adasplash"
@@ -55,7 +59,6 @@ class AdaSplash(AttentionBackend):
 
     def __init__(self, options, *, heads, key_heads, head_dim):
         super().__init__(options, heads=heads, key_heads=key_heads, head_dim=head_dim)
-        self.register_buffer("alpha", torch.tensor(options.alpha))  # as the base class does for entmax
         self.scheduled = False  # whether alpha is on its way: a plain number, where it is one, has faster kernels
         self.alpha_logit = None
         if options.learn_alpha:

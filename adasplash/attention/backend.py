@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.announce import announce
-from ..ops.attend import IMPLEMENTATIONS, choose_implementation, why_no_kernels
 from ..ops.checks import check_choice, nearest, resolve_key_range, resolve_scale
+from ..ops.implementation import IMPLEMENTATIONS, choose_implementation, why_no_kernels
 from ..ops.key_range import KeyRange
 from ..ops.reorder import Reordering, take_rows
 from ..ops.support_statistics import SupportStatistics, support_statistics, visible_tiles
@@ -37,6 +37,11 @@ class Options:
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
         check_choice("alibi", self.alibi, ALIBI_KINDS)
 
+    @property
+    def normaliser_alpha(self) -> float:
+        """alpha of the normaliser that is asked for; 1 is softmax."""
+        return 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class NormaliserOptions(Options):
@@ -56,6 +61,10 @@ class NormaliserOptions(Options):
         if not 1.0 < self.alpha <= 2.0:
             raise ValueError(f"Expected 1 < alpha <= 2, got alpha = {self.alpha:g}.")
 
+    @property
+    def normaliser_alpha(self):
+        return self.alpha if self.normaliser == "entmax" else 1.0
+
 
 class AttentionBackend(nn.Module):
     """One layer's attention, q (B, H, Tq, D), k and v (B, G, Tk, D) -> (B, H, Tq, D).
@@ -72,8 +81,8 @@ class AttentionBackend(nn.Module):
         # Saved with the weights although the options say as much: plain transformers, which would run them with its own
         # softmax, reports unexpected keys when it loads them.
         self.register_buffer("slopes", alibi_slopes(options.alibi, heads))
-        if getattr(options, "normaliser", "softmax") == "entmax":
-            self.register_buffer("alpha", torch.tensor(options.alpha))
+        if options.normaliser_alpha != 1.0:
+            self.register_buffer("alpha", torch.tensor(options.normaliser_alpha))
         self.recorded: list[SupportStatistics] | None = None
 
     def forward(
@@ -90,8 +99,7 @@ class AttentionBackend(nn.Module):
 
     def current_alpha(self) -> float | Tensor:
         """Of the normaliser, now: 1 is softmax; a tensor () or (H,) where it is learned or scheduled."""
-        options = self.options
-        return options.alpha if getattr(options, "normaliser", "softmax") == "entmax" else 1.0
+        return self.options.normaliser_alpha
 
     def select(self, q: Tensor, k: Tensor, key_range: KeyRange | None, causal: bool) -> Reordering | None:
         """The new order and ranges of a selecting backend; None: all keys in range, in the order of the text."""

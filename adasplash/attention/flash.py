@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.announce import announce
-from ..ops.attend import why_no_kernels
 from ..ops.checks import check_attention_inputs, resolve_key_range, resolve_scale
+from ..ops.implementation import why_no_kernels
 from ..ops.range_attention import alibi_bias, row_chunks
 from ..ops.softmax_attention import softmax_attention
 from . import flash_attention_4
@@ -71,6 +71,8 @@ def _masked_chunk(q, k, v, start, stop, scale, slopes, first_query, first_key) -
 @torch.compiler.disable
 def masked_fused_attention(q, k, v, key_range, *, scale, slopes) -> Tensor:
     """Fused attention over key ranges, in row blocks so that no T x T mask exists."""
+    if q.numel() == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[-1])
     offset = k.shape[2] - q.shape[2]
     out = []
     for begin, end, first, last in row_chunks(q, k, key_range):

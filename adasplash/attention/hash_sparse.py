@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from ..ops.reordered_attention import hash_reordering, hash_sparse_attention, random_directions
+from ..ops.reordered_attention import (
+    hash_reordering,
+    hash_sparse_attention,
+    keys_of_queries,
+    random_directions,
+)
 from .backend import AttentionBackend, NormaliserOptions
 
 
@@ -46,7 +49,7 @@ class HashSparse(AttentionBackend):
 
     def select(self, q, k, key_range, causal):
         if self.options.shared_qk:
-            k = torch.nn.functional.normalize(q, dim=-1)
+            k = keys_of_queries(q)
         return hash_reordering(
             q,
             k,
@@ -59,7 +62,7 @@ class HashSparse(AttentionBackend):
 
     def statistics(self, q, k, **kwargs):
         if self.options.shared_qk:
-            k = torch.nn.functional.normalize(q, dim=-1)
+            k = keys_of_queries(q)
         return super().statistics(q, k, **kwargs)
 
     def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):

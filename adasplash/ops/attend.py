@@ -2,47 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-import torch
 from torch import Tensor
 
 from .announce import announce
-from .checks import check_choice
+from .implementation import choose_implementation
 from .key_range import KeyRange
 from .range_attention import range_attention, text_positions
-
-IMPLEMENTATIONS = ("auto", "triton", "reference")
-LARGEST_DIM = 256
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def why_no_kernels(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    """Why the kernels cannot run for such tensors, or None where they can."""
-    if device.type != "cuda":
-        return "the kernels need a GPU"
-    if torch.version.hip:
-        return "the kernels are written for GPUs of NVIDIA"
-    if not HAS_TRITON:
-        return "the package triton is not installed"
-    if torch.cuda.get_device_properties(device).major < 8:
-        return "the kernels need compute capability 8.0"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"the kernels know no {dtype}"
-    if dim > LARGEST_DIM:
-        return f"the kernels know head dims up to {LARGEST_DIM}"
-    return None
-
-
-def choose_implementation(implementation: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    """'triton' or 'reference'. Raises ValueError where triton is asked for and cannot run."""
-    check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "reference":
-        return "reference"
-    reason = why_no_kernels(device, dtype, dim)
-    if reason and implementation == "triton":
-        raise ValueError(f"implementation=triton cannot run here: {reason}. Use implementation=auto.")
-    return "reference" if reason else "triton"
 
 
 def attend(
@@ -78,8 +43,7 @@ def attend(
         raise ValueError(f"implementation=triton cannot run here: {obstacle}. Use implementation=auto.")
     if obstacle and chosen == "triton":
         announce(f"Attention by its torch reference: {obstacle}.")
-    nothing_to_do = q.shape[2] == 0 or k.shape[2] == 0
-    if chosen == "reference" or obstacle or nothing_to_do:
+    if chosen == "reference" or obstacle or q.numel() == 0 or k.shape[2] == 0:
         return range_attention(q, k, v, key_range, alpha=alpha, **arguments)
     if alibi_slopes is not None and query_positions is None:
         arguments["query_positions"], arguments["key_positions"] = text_positions(q, k)

@@ -81,6 +81,21 @@ def resolve_scale(q: Tensor, scale: float | None) -> float:
     return 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
 
 
+def resolve_alpha(q: Tensor, alpha: float | Tensor) -> float | Tensor:
+    """A number stays; a tensor () or (H,) is shaped to broadcast with scores (B, H, Tq, Tk).
+
+    Raises:
+        ValueError: unless `check_alpha` is content and the shape fits.
+    """
+    check_alpha(alpha)
+    if not isinstance(alpha, Tensor) or alpha.ndim == 0:
+        return alpha
+    heads = q.shape[1]
+    if tuple(alpha.shape) != (heads,):
+        raise ValueError(f"Expected alpha as a number or of shape ({heads},), one per head, got {tuple(alpha.shape)}.")
+    return alpha.view(1, heads, 1, 1)
+
+
 def check_alpha(alpha: float | Tensor) -> None:
     """Raises ValueError unless 1 <= alpha <= 2, for a tensor 1 < alpha (its gradient has a pole at 1).
 

@@ -66,6 +66,12 @@ def kernel_operator(name: str) -> Callable:
 
 
 @triton.jit
+def program_head():
+    """The place in (B, H) or (B, G) that this program of a grid (..., H, B) is for: one axis alone would end at 65,535."""
+    return tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+
+
+@triton.jit
 def load_tile(pointers, in_dim, in_length, FULL_DIM: tl.constexpr):
     """A tile with zeros outside; in_length None: wholly inside the sequence; FULL_DIM: the dim needs no mask either."""
     if in_length is None:
@@ -230,11 +236,13 @@ def newton_step(mass, slope, r, FORMULA: tl.constexpr):
 def halley_step(mass, slope, support):
     """As newton_step for alpha = 1.5, but of third order, given also the number of keys above t.
 
-    For g = sqrt(sum (z - t) ** 2): g' = -slope / g and g'' = (support - slope ** 2 / mass) / g. At most 1.4 Newton steps.
+    For g = sqrt(sum (z - t) ** 2): g' = -slope / g and g'' = (support - slope ** 2 / mass) / g. At most 1.4 Newton steps,
+    and Newton's own far from the root, which 1.4 of them could take past the largest z.
     """
     root = tl.sqrt(mass)
     square = slope * slope
     bend = 0.5 * (root - 1.0) * (support * mass - square) / tl.maximum(root, 1e-30)
+    bend = tl.where(root < 2.0, bend, 0.0)
     return tl.where(
         slope > 0.0, (root - 1.0) * root * slope / tl.maximum(square - tl.minimum(bend, 0.3 * square), 1e-30), 0.0
     )

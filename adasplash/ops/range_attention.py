@@ -97,7 +97,8 @@ def range_attention(
             between; by default the order given, the last query beside the last key.
 
     Returns:
-        (B, H, Tq, D) in q's dtype; 0 where a query sees no key.
+        (B, H, Tq, D) in q's dtype, D being v's; 0 where a query sees no key. A value of v that is not finite may show in
+        rows that do not see its key.
     """
     attend = attend_ranges
     if torch.compiler.is_compiling():  # it stays out of graphs
@@ -106,7 +107,7 @@ def range_attention(
 
 
 def attend_ranges(q, k, v, key_range, alpha, scale, alibi_slopes, query_positions, key_positions) -> Tensor:
-    if q.shape[2] == 0 or k.shape[2] == 0:
+    if q.numel() == 0 or k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     if query_positions is None:
         query_positions, key_positions = text_positions(q, k)

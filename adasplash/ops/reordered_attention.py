@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import reorder
-from .attend import attend, choose_implementation
-from .checks import check_alpha, check_attention_inputs, resolve_key_range, resolve_scale
-from .entmax_attention.attention import alpha_per_head
+from .attend import attend
+from .checks import check_attention_inputs, resolve_alpha, resolve_key_range, resolve_scale
+from .implementation import choose_implementation
 from .key_range import KeyRange
 from .reorder import Reordering
 
@@ -16,7 +16,7 @@ from .reorder import Reordering
 def _steps(q: Tensor, k: Tensor, implementation: str):
     """The module whose functions reorder: `reorder`, or `reorder_kernels` where kernels are chosen for q."""
     chosen = choose_implementation(implementation, q.device, q.dtype, q.shape[-1])
-    if chosen == "reference" or q.shape[2] == 0 or k.shape[2] == 0:
+    if chosen == "reference" or q.numel() == 0 or k.shape[2] == 0:
         return reorder
     from . import reorder_kernels  # here, so that the package needs no triton where no kernel runs
 
@@ -46,6 +46,12 @@ def random_directions(heads: int, dim: int, n_buckets: int, *, device=None) -> T
     if n_buckets < 2 or n_buckets % 2:
         raise ValueError(f"Expected an even n_buckets of at least 2, got {n_buckets}.")
     return torch.nn.functional.normalize(torch.randn(heads, dim, n_buckets // 2, device=device), dim=1)
+
+
+def keys_of_queries(q: Tensor) -> Tensor:
+    """The keys of shared_qk: q (B, H, T, D) with rows of norm 1, in q's dtype (autocast would make them float32)."""
+    wide = q if q.dtype == torch.float64 else q.float()
+    return torch.nn.functional.normalize(wide, dim=-1).to(q.dtype)
 
 
 def hash_reordering(q, k, directions, key_range, *, causal, attend_self, implementation="auto") -> Reordering:
@@ -102,9 +108,8 @@ def hash_sparse_attention(
                 f"shared_qk needs as many key heads and places as queries, got q {tuple(q.shape)} and k "
                 f"{tuple(k.shape)}; use shared_qk=False (and use_cache=False in generate)."
             )
-        k = torch.nn.functional.normalize(q, dim=-1)
+        k = keys_of_queries(q)
     check_attention_inputs(q, k, v, alibi_slopes)
-    check_alpha(alpha)
     reordering = hash_reordering(
         q, k, directions, key_range, causal=causal, attend_self=attend_self, implementation=implementation
     )
@@ -113,7 +118,7 @@ def hash_sparse_attention(
         k,
         v,
         reordering,
-        alpha=alpha_per_head(alpha, q.shape[1]),
+        alpha=resolve_alpha(q, alpha),
         scale=resolve_scale(q, scale),
         alibi_slopes=alibi_slopes,
         implementation=implementation,
@@ -168,7 +173,6 @@ def qk_sparse_attention(
         ValueError: if arguments do not fit.
     """
     check_attention_inputs(q, k, v, alibi_slopes)
-    check_alpha(alpha)
     masks = []
     for name, kept, x in (("query_kept", query_kept, q), ("key_kept", key_kept, k)):
         kept = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if kept is None else kept
@@ -180,7 +184,7 @@ def qk_sparse_attention(
         k,
         v,
         _steps(q, k, implementation).compact_kept(*masks, resolve_key_range(q, k, key_range, causal)),
-        alpha=alpha_per_head(alpha, q.shape[1]),
+        alpha=resolve_alpha(q, alpha),
         scale=resolve_scale(q, scale),
         alibi_slopes=alibi_slopes,
         implementation=implementation,

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import choose_implementation
 from .entmax.reference import entmax
+from .implementation import choose_implementation
 from .key_range import KeyRange
 from .range_attention import chunk_scores, row_chunks, text_positions
 

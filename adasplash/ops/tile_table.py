@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
+
+# Bytes that the tiles below need at most: what a program can have on an A100 (163 KB) or a Hopper (227 KB), but not on
+# GPUs for graphics (99 KB).
+SHARED_MEMORY = 160 * 1024
 
 
 class Tiles(NamedTuple):
@@ -23,16 +28,40 @@ class Tiles(NamedTuple):
         options = {"num_warps": self.warps, "STAGES": self.stages}
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
+    def halved(self) -> Tiles:
+        return self._replace(block_m=max(16, self.block_m // 2))
+
 
 def block_dim(dim: int) -> int:
     """The head dim as kernels hold it: a power of two, at least 16."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
+@functools.cache
+def has_little_shared_memory(device: torch.device) -> bool:
+    return (
+        device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED_MEMORY
+    )
+
+
+def fitting(table):
+    """Of a table of tiles by (dim, dtype) one by (dim, dtype, device): tiles half as high where shared memory is short."""
+
+    @functools.wraps(table)
+    def for_device(dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tiles]:
+        tiles = table(dim, dtype)
+        if block_dim(dim) <= 64 or not has_little_shared_memory(device):
+            return tiles
+        return {name: shape.halved() for name, shape in tiles.items()}
+
+    return for_device
+
+
+@fitting
 def entmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
     """Tiles of the kernels of entmax attention for a head dim and dtype; block_m of `collect` is a multiple of the others'.
 
-    Measured on an H200; kernels run with them on other GPUs from Ampere on.
+    Measured on an H200.
     """
     wide = block_dim(dim)
     if dtype == torch.float32:
@@ -88,6 +117,7 @@ def list_shapes(dim: int) -> dict[str, ListShape]:
     }
 
 
+@fitting
 def softmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
     """Tiles of the kernels of softmax attention; block_m of `forward` is a multiple of that of `columns`."""
     wide = block_dim(dim)

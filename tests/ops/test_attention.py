@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adasplash.ops.range_attention as range_attention_module
 from adasplash import KeyRange, entmax_attention, hash_sparse_attention, qk_sparse_attention, softmax_attention
-from adasplash.ops import attend as attend_module
 from adasplash.ops.reorder import hash_buckets
 from adasplash.ops.reordered_attention import random_directions
 
@@ -342,7 +341,7 @@ def test_errors():
 @pytest.mark.parametrize("obstacle", ["head dim", "ALiBi slopes"])
 def test_triton_is_not_silently_replaced_by_the_reference(obstacle, monkeypatch, caplog):
     monkeypatch.setattr("adasplash.ops.announce._announced", set())
-    monkeypatch.setattr(attend_module, "why_no_kernels", lambda *arguments: None)  # as on a GPU
+    monkeypatch.setattr("adasplash.ops.implementation.why_no_kernels", lambda *arguments: None)  # as on a GPU
     q = torch.randn(1, 2, 5, 16)
     v = torch.randn(1, 2, 5, 8 if obstacle == "head dim" else 16)
     slopes = torch.ones(2, requires_grad=True) if obstacle == "ALiBi slopes" else None

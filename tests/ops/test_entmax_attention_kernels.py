@@ -8,6 +8,7 @@ from dense_attention import dense_attention, dense_probabilities
 from torch import Tensor
 
 from adasplash import KeyRange, entmax
+from adasplash.ops import tile_table
 from adasplash.ops.checks import resolve_key_range
 from adasplash.ops.range_attention import range_attention, text_positions
 from adasplash.ops.tile_table import ListShape, entmax_tiles, list_shapes
@@ -205,12 +206,15 @@ def test_gradients_of_rows_that_are_not_finite(road, monkeypatch):
         assert (gradient.isnan() | (gradient == 0)).all()
 
 
-def test_shapes_of_programs_go_together():
+@pytest.mark.parametrize("little_shared_memory", [False, True])
+def test_shapes_of_programs_go_together(little_shared_memory, monkeypatch):
+    monkeypatch.setattr(tile_table, "has_little_shared_memory", lambda device: little_shared_memory)
     for dim, dtype in itertools.product(range(1, 257), (torch.float32, torch.bfloat16, torch.float16)):
-        tiles, lists = entmax_tiles(dim, dtype), list_shapes(dim)
+        tiles, lists = entmax_tiles(dim, dtype, torch.device(DEVICE)), list_shapes(dim)
         rows = [tiles[name].block_m for name in ("forward", "rows", "columns", "sinks")]
         rows += [lists[name].rows * lists[name].turns for name in ("forward", "backward", "transpose")]
         assert all(tiles["collect"].block_m % n == 0 for n in rows), (dim, dtype)
+        assert all(shape.block_m >= 16 for shape in tiles.values()), (dim, dtype)  # the least of a dot
         assert lists["forward"].rows * lists["forward"].turns % THRESHOLD_ROWS.value == 0, dim
 
 
@@ -385,7 +389,7 @@ def test_no_key_of_the_support_is_missed(dtype, q_size, k_size, sharpness, dim, 
     how = {"alpha": alpha, "scale": scale, "alibi_slopes": slopes, **places}
     arguments = operator.operator_arguments(q, k, k, key_range, **how)
     _, _, tau, keys, first, count, in_tiles, _ = operator.entmax_attention_forward(*arguments)
-    block_rows = entmax_tiles(dim, dtype)["collect"].block_m
+    block_rows = entmax_tiles(dim, dtype, torch.device(DEVICE))["collect"].block_m
     on_lists = (in_tiles == 0).repeat_interleave(block_rows, 1)
     assert on_lists.any()
 

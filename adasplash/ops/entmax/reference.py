@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..checks import check_alpha
 
@@ -99,6 +100,7 @@ class _Entmax(torch.autograd.Function):
         return p.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         p, alpha = ctx.saved_tensors
         grad = grad.to(p.dtype)

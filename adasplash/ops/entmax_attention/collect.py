@@ -22,13 +22,14 @@ from ..jit import (
     max_or_nan,
     newton_step,
     popcount,
+    program_head,
     score_tile,
     store_block_range,
     visible_tiles,
 )
 
 SLACK = tl.constexpr(2.0**-12)
-# Turns a difference of scores into 0 or 1 with one saturating multiplication: no two scores differ by less than 2^-60.
+# Turns a score's difference to a limit into 0 or 1 with one saturating multiplication: none is below 2^-60.
 STEEP = tl.constexpr(2.0**60)
 
 
@@ -38,7 +39,7 @@ def key_norm_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """KEY_NORM[b, g] = max |k| over the finite keys, zero before; positive floats are ordered as the integers of their bits."""
-    bg = tl.program_id(1)
+    bg = program_head()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     at = K + (bg // groups).to(tl.int64) * k_b + (bg % groups).to(tl.int64) * k_h
@@ -77,9 +78,26 @@ def bit_limit(bound, margin):
 
 
 @triton.jit
-def entry_top(record, live):
-    """The tile maxima of entries; -inf where not live."""
-    return tl.load(record + 1, mask=live, other=-8388608).to(tl.float32, bitcast=True)  # the bits of -inf
+def of_entries(record, e, field, BLOCK_M: tl.constexpr):
+    """Pointers (M, E) to a field of the entries e (1, E) of all rows."""
+    # The hint is for the layout alone: neighbouring threads take rows, not entries, with every version of Triton. That the
+    # numbers do not lie side by side is the other hint's to say, by which they are loaded one by one.
+    return tl.max_contiguous(tl.multiple_of(record + (e * (BLOCK_M * 8) + field), (4, 4)), (2, 1))
+
+
+@triton.jit
+def words_of_entries(record, e, BLOCK_M: tl.constexpr):
+    """Pointers (M, E, 4) to the words of the entries e (1, E) of all rows, with the hints of `of_entries`."""
+    word = tl.arange(0, 4)[None, None, :]
+    at = (record + e * (BLOCK_M * 8))[:, :, None] + 2 * word
+    return tl.max_contiguous(tl.multiple_of(at, (4, 4, 4)), (4, 2, 1))
+
+
+@triton.jit
+def entry_tops(record, e, live, BLOCK_M: tl.constexpr):
+    """The tile maxima of the entries e (1, E); -inf where not live (M, E)."""
+    top = tl.load(of_entries(record, e, 1, BLOCK_M), mask=live, other=-8388608)  # the bits of -inf
+    return top.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -95,8 +113,12 @@ def mark_tile(
     top = max_or_nan(max_or_nan(max_or_nan(max_or_nan(apart, 4), 2), 1), 1)
     hit = top > bound - margin
     bound, slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
-    limit = (bit_limit(bound, margin) * -STEEP)[:, None, None, None, None]
-    above = tl.minimum(tl.maximum(apart * STEEP + limit, 0.0), 1.0)
+    limit = bit_limit(bound, margin)
+    steep = tl.where(
+        tl.abs(limit) > 2.0**30, 1.0, STEEP
+    )  # so far from 0, differences are above 1, and 2^60 times as much overflows
+    above = apart * steep[:, None, None, None, None] - (limit * steep)[:, None, None, None, None]
+    above = tl.minimum(tl.maximum(above, 0.0), 1.0)
     pairs = tl.sum(
         above * tl.where(tl.arange(0, 2) > 0, 2.0, 1.0)[None, None, None, None, :], 4
     )  # (M, HALVES, EIGHTS, 4)
@@ -120,7 +142,7 @@ def settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M: tl.constexp
         u_sum = tl.zeros((BLOCK_M,), tl.float32)
         for begin in range(0, most, 16):
             e = (begin + c)[None, :]
-            top = entry_top(record + e * (BLOCK_M * 8), e < found[:, None])
+            top = entry_tops(record, e, e < found[:, None], BLOCK_M)
             distance = tl.where(top > bound[:, None], (top - bound[:, None]) * z_scale, 0.0)
             p, u = entmax_weights(distance, r, FORMULA)
             mass += tl.sum(p, 1)
@@ -132,9 +154,9 @@ def settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M: tl.constexp
     c = tl.arange(0, 4)
     for begin in range(0, most, 4):
         e = (begin + c)[None, :]
-        at = record + e * (BLOCK_M * 8)
-        stay = entry_top(at, e < found[:, None]) > (bound - margin)[:, None]
-        content = tl.load(at[:, :, None] + tl.arange(0, 8)[None, None, :], mask=stay[:, :, None], other=0)
+        stay = entry_tops(record, e, e < found[:, None], BLOCK_M) > (bound - margin)[:, None]
+        at = (record + e * (BLOCK_M * 8))[:, :, None] + tl.arange(0, 8)[None, None, :]
+        content = tl.load(at, mask=stay[:, :, None], other=0)
         to = kept[:, None] + tl.cumsum(stay.to(tl.int32), 1) - 1
         kept += tl.sum(stay.to(tl.int32), 1)
         tl.debug_barrier()  # all have read what is about to be overwritten
@@ -205,6 +227,7 @@ def collect_kernel(
             key_position = KEY_POSITION + (b * groups + group) * key_length
             margin = 2.0 * margin + 1.0 / z_scale  # |bias| <= |q| |k| + |score| where it matters
         margin = margin * ((D + 8 + last_tile - first_tile) * 2.0**-22) + 1.0 / z_scale * SLACK
+        margin = tl.where(margin == margin, margin, float("inf"))  # 0 times a norm that overflows
 
         bound = tl.where(seeing, float("-inf"), float("inf"))  # a row that sees nothing makes no entries
         slope = tl.full((BLOCK_M,), 1.0, tl.float32)
@@ -271,7 +294,7 @@ def collect_kernel(
         for begin in range(0, most, 4):
             e = (begin + e4)[None, :]
             live = e < found[:, None]
-            words = tl.load((record + e * (BLOCK_M * 8))[:, :, None] + 2 * word, mask=live[:, :, None], other=0)
+            words = tl.load(words_of_entries(record, e, BLOCK_M), mask=live[:, :, None], other=0)
             count += tl.sum(tl.sum(popcount(words), 2), 1)
         first = tl.cumsum(count, 0) - count
         fits = (tl.sum(count, 0) <= capacity) & (lost <= 0)
@@ -287,8 +310,8 @@ def collect_kernel(
             for begin in range(0, most, 4):
                 e = (begin + e4)[None, :]
                 live = e < found[:, None]
-                tile = tl.load(record + e * (BLOCK_M * 8) + 3, mask=live, other=0)
-                words = tl.load((record + e * (BLOCK_M * 8))[:, :, None] + 2 * word, mask=live[:, :, None], other=0)
+                tile = tl.load(of_entries(record, e, 3, BLOCK_M), mask=live, other=0)
+                words = tl.load(words_of_entries(record, e, BLOCK_M), mask=live[:, :, None], other=0)
                 here = popcount(words)  # (M, 4 entries, 4 words)
                 in_entry = tl.sum(here, 2)
                 before = place[:, None] + tl.cumsum(in_entry, 1) - in_entry

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import SIZES, entmax_weights, load_rows, load_tile, sizes_without
-from .lists import load_lists, pair_scores
+from ..jit import SIZES, entmax_weights, load_rows, program_head, sizes_without
+from .lists import load_lists, load_pairs, pair_scores
 
 WIDEST_SORT = tl.constexpr(128)  # entries that one column is sorted among
 
@@ -50,7 +50,7 @@ def transpose_kernel(
 
     Moves the begins in CURSOR to the ends. Columns above `longest` stay out: such sinks are cheaper as dense tiles.
     """
-    bh = tl.program_id(1)
+    bh = program_head()
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
     block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:
@@ -114,7 +114,7 @@ def columns_backward_kernel(
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of ROWS keys, TURNS times, from the transposed lists, in ascending order of (head, query): deterministic."""
-    bg = tl.program_id(1)
+    bg = program_head()
     b = (bg // groups).to(tl.int64)
     group = bg % groups
     first_head = bg * ratio  # of all B * H
@@ -144,10 +144,10 @@ def columns_backward_kernel(
                 local = entry // query_length
                 row = entry % query_length
             head = (first_head % (groups * ratio) + local).to(tl.int64)
-            q_at = Q + b * q_b + (head * q_h + row.to(tl.int64) * q_t)[:, :, None] + d[None, None, :]
-            q = load_tile(q_at, d[None, None, :] < D, live[:, :, None], D == BLOCK_D).to(tl.float32)
-            o_at = D_OUT + b * o_b + (head * o_h + row.to(tl.int64) * o_t)[:, :, None] + d[None, None, :]
-            d_out = load_tile(o_at, d[None, None, :] < D, live[:, :, None], D == BLOCK_D).to(tl.float32)
+            q_at = Q + b * q_b + (head * q_h + row.to(tl.int64) * q_t)
+            q = load_pairs(q_at, live, d, D, BLOCK_D)
+            o_at = D_OUT + b * o_b + (head * o_h + row.to(tl.int64) * o_t)
+            d_out = load_pairs(o_at, live, d, D, BLOCK_D)
             at_row = (first_head + local).to(tl.int64) * query_length + row
             tau = tl.load(TAU + at_row, mask=live, other=0.0)
             delta = tl.load(DELTA + at_row, mask=live, other=0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import SIZES, entmax_weights, largest, load_rows, load_tile, newton_step
+from ..jit import SIZES, entmax_weights, largest, load_rows, load_tile, newton_step, program_head
 
 NEWTON_STEPS = tl.constexpr(24)  # at most; a handful is usual
 THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side
@@ -23,10 +23,17 @@ def load_lists(FIRST, COUNT, at, inside, slab):
 
 
 @triton.jit
+def load_pairs(pointers, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The D numbers at each of pointers (R, C), as (R, C, D) in float32; zeros where not live."""
+    # Threads that do not share a row of D numbers take different ones of the R rows first, so that sums over C stay in a thread.
+    pointers = tl.max_contiguous(pointers[:, :, None] + d[None, None, :], (live.shape[0], 1, BLOCK_D))
+    return load_tile(pointers, d[None, None, :] < D, live[:, :, None], D == BLOCK_D).to(tl.float32)
+
+
+@triton.jit
 def gather(X, at, live, x_t, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows `at` (R, C) of a head X as (R, C, D) in float32; zeros where not live."""
-    pointers = X + at[:, :, None].to(tl.int64) * x_t + d[None, None, :]
-    return load_tile(pointers, d[None, None, :] < D, live[:, :, None], D == BLOCK_D).to(tl.float32)
+    return load_pairs(X + at.to(tl.int64) * x_t, live, d, D, BLOCK_D)
 
 
 @triton.jit
@@ -102,7 +109,7 @@ def rows_forward_kernel(
     Rows are scored and weighed ROWS at a time, for a key is D numbers there; their thresholds are found THRESHOLD_ROWS at a
     time, for a key is one number then. OUT and MEAN are (B, H, Tq, D) with strides out_*; Z is scratch shaped as KEYS.
     """
-    bh = tl.program_id(1)
+    bh = program_head()
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
     block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:
@@ -191,7 +198,7 @@ def rows_backward_kernel(
 
     DQ and MEAN have strides dq_*. D_ALPHA (B, H, Tq): the row's share of the gradient for alpha (Correia, Niculae and Martins 2019, Prop. 1).
     """
-    bh = tl.program_id(1)
+    bh = program_head()
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
     block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:

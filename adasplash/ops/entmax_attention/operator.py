@@ -22,7 +22,7 @@ KEYS_PER_QUERY = 64
 # Tiles that a row may mark while it is scanned; rows that mark more go to tile mode.
 ENTRIES = 128
 # Gluon is young, and Triton's compiler places barriers in it: only with versions that the kernel for Hopper was run with.
-TRITONS_FOR_HOPPER = ("3.6.",)
+TRITONS_FOR_HOPPER = ("3.6.", "3.7.")
 # Longer columns of the transposed lists are computed as dense tiles: keys that very many queries attend to.
 LONGEST_COLUMN = WIDEST_SORT.value
 
@@ -42,7 +42,7 @@ def _for_hopper(device: torch.device):
     if not triton.__version__.startswith(TRITONS_FOR_HOPPER):
         announce(
             "Entmax attention takes the kernel of all GPUs for its dense pass: the faster one for Hopper has been run with "
-            f"triton {', '.join(version + 'x' for version in TRITONS_FOR_HOPPER)} only, this is {triton.__version__}."
+            f"triton {' and '.join(version + 'x' for version in TRITONS_FOR_HOPPER)} only, this is {triton.__version__}."
         )
         return None
     from . import collect_hopper
@@ -59,7 +59,7 @@ def _collect_kernel(k: Tensor, tiles: Tiles):
 
 def _shapes(q: Tensor, k: Tensor):
     batch, heads, query_length, dim = q.shape
-    tiles = entmax_tiles(dim, q.dtype)
+    tiles = entmax_tiles(dim, q.dtype, q.device)
     return (
         batch,
         heads,
@@ -154,7 +154,7 @@ def entmax_attention_forward(
     records = q.new_empty((slots, ENTRIES, shape.block_m, 8), dtype=torch.int32)
     bound = torch.empty_like(tau)
     work, key_norm = q.new_zeros(4 + batch * groups, dtype=torch.int32).split([4, batch * groups])
-    key_norm_kernel[(triton.cdiv(key_length, 64), batch * groups)](
+    key_norm_kernel[(triton.cdiv(key_length, 64), groups, batch)](
         k, key_norm, *k.stride()[:3], groups, key_length, D=dim, BLOCK_D=block_dim(dim), ROWS=64
     )
     positions = (slopes, query_position, key_position)
@@ -171,7 +171,7 @@ def entmax_attention_forward(
     del records
     lists = list_shapes(dim)["forward"]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-    rows_forward_kernel[(_programs(query_length, lists), batch * heads)](
+    rows_forward_kernel[(_programs(query_length, lists), heads, batch)](
         q, k, v, alpha, *positions, keys, first, count, in_tiles, bound,
         torch.empty_like(keys, dtype=torch.float32),
         out, mean, tau,
@@ -179,7 +179,7 @@ def entmax_attention_forward(
         BLOCK_M=shape.block_m, **_on_lists(lists), **common,
     )  # fmt: skip
     block_list, block_count = _list_blocks(in_tiles)
-    tiles_forward_kernel[(blocks * shape.block_m // tiles["forward"].block_m, batch * heads)](
+    tiles_forward_kernel[(blocks * shape.block_m // tiles["forward"].block_m, heads, batch)](
         q, k, v, start, stop, alpha, *positions, block_list, block_count, bound, out, mean, tau,
         scale, *strides, *ranges, heads, ratio, query_length, key_length, blocks,
         QUERY_BLOCK=shape.block_m, **common, **_dense(q, tiles["forward"]),
@@ -225,18 +225,18 @@ def entmax_attention_backward(
     start, stop = with_equal_strides(start, stop)
     ranges = (start.stride(0), start.stride(1))
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = torch.empty_like(mean), torch.empty_like(k), torch.empty_like(v)  # dq with the strides of mean
     delta = torch.empty_like(tau)
     d_alpha = torch.empty_like(tau) if alpha_gradient else tau.new_empty(1)
     column_count = q.new_zeros((batch * groups, key_length), dtype=torch.int32)
     lists = list_shapes(dim)
-    rows_backward_kernel[(_programs(query_length, lists["backward"]), batch * heads)](
+    rows_backward_kernel[(_programs(query_length, lists["backward"]), heads, batch)](
         q, k, v, alpha, *positions, keys, first, count, in_tiles, tau, mean, d_out, delta, column_count, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], heads, ratio, query_length, key_length, blocks, capacity,
         BLOCK_M=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **_on_lists(lists["backward"]), **common,
     )  # fmt: skip
     block_list, block_count = _list_blocks(in_tiles)
-    tiles_backward_rows_kernel[(blocks * tiles["collect"].block_m // tiles["rows"].block_m, batch * heads)](
+    tiles_backward_rows_kernel[(blocks * tiles["collect"].block_m // tiles["rows"].block_m, heads, batch)](
         q, k, v, start, stop, alpha, *positions, block_list, block_count, tau, mean, d_out, delta, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], *ranges, heads, ratio, query_length, key_length, blocks,
         QUERY_BLOCK=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **common, **_dense(q, tiles["rows"]),
@@ -252,7 +252,7 @@ def entmax_attention_backward(
         column_count, cursor, sinks, sink_count, key_length, region, sinks_at_most, LONGEST_COLUMN,
         AT_ONCE=4096, num_warps=8,
     )  # fmt: skip
-    transpose_kernel[(_programs(query_length, lists["transpose"]), batch * heads)](
+    transpose_kernel[(_programs(query_length, lists["transpose"]), heads, batch)](
         keys, first, count, in_tiles, cursor, queries,
         heads, ratio, query_length, key_length, blocks, capacity, LONGEST_COLUMN,
         BLOCK_M=tiles["collect"].block_m, **_on_lists(lists["transpose"]),
@@ -262,12 +262,12 @@ def entmax_attention_backward(
         cursor, queries, columns, LONGEST_COLUMN, TURNS=sort.turns, COLUMNS=sort.rows, num_warps=sort.warps
     )
     outputs = (*dk.stride()[:3], *dv.stride()[:3])
-    columns_backward_kernel[(_programs(key_length, lists["columns"]), batch * groups)](
+    columns_backward_kernel[(_programs(key_length, lists["columns"]), groups, batch)](
         q, k, v, alpha, *positions, cursor, queries, tau, delta, d_out, dk, dv,
         scale, *inputs, *outputs, groups, ratio, query_length, key_length, **_on_lists(lists["columns"]), **common,
     )  # fmt: skip
     shape = tiles["sinks"]
-    slots = triton.cdiv(_slots(q.device, shape.warps), batch * groups)
+    slots = triton.cdiv(_slots(q.device, shape.warps), max(1, batch * groups))
     shared = batch * groups * slots if slots > 1 else 0
     partial = tau.new_empty((shared, 2, shape.block_n, block_dim(dim)))
     arrived = q.new_zeros(shared, dtype=torch.int32)
@@ -275,7 +275,7 @@ def entmax_attention_backward(
         (True, max(slots, triton.cdiv(sinks_at_most, shape.block_n))),
         (False, triton.cdiv(key_length, tiles["columns"].block_n)),
     ):
-        tiles_backward_columns_kernel[(programs, batch * groups)](
+        tiles_backward_columns_kernel[(programs, groups, batch)](
             q, k, v, start, stop, alpha, *positions, block_list, block_count, block_range, sinks, sink_count,
             partial, arrived, tau, delta, d_out, dk, dv,
             scale, *inputs, *outputs, *ranges, groups, ratio, query_length, key_length, blocks, sinks_at_most, slots,
@@ -286,9 +286,9 @@ def entmax_attention_backward(
 
 
 @entmax_attention_backward.register_fake
-def _(d_out, q, k, v, start, stop, alpha, *rest):
+def _(d_out, q, k, v, start, stop, alpha, slopes, query_position, key_position, mean, *rest):
     return (
-        torch.empty_like(q),
+        torch.empty_like(mean),
         torch.empty_like(k),
         torch.empty_like(v),
         alpha.new_empty(alpha.shape if rest[-1] else 0, dtype=torch.float32),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import SIZES, load_rows, load_tile, score_tile, visible_tiles, with_equal_strides
+from ..jit import SIZES, load_rows, load_tile, program_head, score_tile, visible_tiles, with_equal_strides
 from ..key_range import KeyRange
 from ..tile_table import block_dim
 from .operator import entmax_attention_forward, operator_arguments
@@ -21,7 +21,7 @@ def count_support_kernel(
 ):  # fmt: skip
     """SUPPORT (B, H, Tq): keys with weight; ACTIVE (B * H, blocks): TILE x TILE tiles of the block that hold one."""
     block = tl.program_id(0)
-    bh = tl.program_id(1)
+    bh = program_head()
     b = (bh // heads).to(tl.int64)
     h = bh % heads
     group = (h // ratio).to(tl.int64)
@@ -84,7 +84,7 @@ def count_support(
     support = torch.empty_like(tau, dtype=torch.int32)
     active = support.new_empty((batch, heads, blocks))
     with torch.cuda.device_of(q):
-        count_support_kernel[(blocks, batch * heads)](
+        count_support_kernel[(blocks, heads, batch)](
             q, k, start, stop, alpha, slopes, query_position, key_position, tau, support, active,
             scale, *q.stride()[:3], *k.stride()[:3], *start.stride()[:2],
             heads, heads // k.shape[1], query_length, k.shape[2], blocks,

@@ -18,6 +18,7 @@ from ..jit import (
     load_rows,
     load_tile,
     newton_step,
+    program_head,
     score_tile,
     seeing_blocks,
     sizes_without,
@@ -62,7 +63,7 @@ def tiles_forward_kernel(
     The last correction of tau comes from that pass itself: with e = (sum p - 1) / (r sum u), tau = t + e and, as
     dp/dt = -r u, out = sum p v - r e sum u v, up to terms in e squared.
     """
-    bh = tl.program_id(1)
+    bh = program_head()
     PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
     tl.static_assert(QUERY_BLOCK % BLOCK_M == 0, "a block is computed in equal parts")
     # The last blocks first: under causal attention they have most to do.
@@ -188,7 +189,7 @@ def tiles_backward_rows_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq, delta and the rows' shares of the gradient for alpha."""
-    bh = tl.program_id(1)
+    bh = program_head()
     PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
     tl.static_assert(QUERY_BLOCK % BLOCK_M == 0, "a block is computed in equal parts")
     # The last blocks first: under causal attention they have most to do.
@@ -282,7 +283,7 @@ def tiles_backward_columns_kernel(
     each with a part of the queries and a sum in PARTIAL (B * G * slots, 2, BLOCK_N, BLOCK_D); the last of a tile to arrive,
     as counted in ARRIVED (B * G * slots,), adds them up, always in the same order.
     """
-    bg = tl.program_id(1)
+    bg = program_head()
     b = (bg // groups).to(tl.int64)
     group = (bg % groups).to(tl.int64)
     program = tl.program_id(0)

@@ -16,6 +16,7 @@ from ..jit import (
     load_per_row,
     load_rows,
     load_tile,
+    program_head,
     score_tile,
     seeing_blocks,
     sizes_without,
@@ -38,7 +39,7 @@ def softmax_forward_kernel(
 ):  # fmt: skip
     """out, the logarithm (base 2) of each row's sum, and for each query block which keys some and which all rows see."""
     block = blocks - 1 - tl.program_id(0)  # the last queries first: where attention is causal they have most to do
-    bh = tl.program_id(1)
+    bh = program_head()
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
     group = h // ratio
@@ -115,7 +116,7 @@ def softmax_backward_rows_kernel(
 ):  # fmt: skip
     """dq = scale * (p * (dp - delta)) k with dp = d_out v^T, and delta = sum of d_out * out over each row."""
     block = blocks - 1 - tl.program_id(0)
-    bh = tl.program_id(1)
+    bh = program_head()
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
     group = h // ratio
@@ -188,7 +189,7 @@ def softmax_backward_columns_kernel(
     QUERY_BLOCK is the forward kernel's block_m, a multiple of BLOCK_M. The first tiles of keys come first, which under
     causal attention have most to do.
     """
-    bg = tl.program_id(1)
+    bg = program_head()
     b = (bg // groups).to(tl.int64)
     group = (bg % groups).to(tl.int64)
     first_key = tl.program_id(0) * BLOCK_N

@@ -15,7 +15,7 @@ from .kernels import softmax_backward_columns_kernel, softmax_backward_rows_kern
 
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, query_length, dim = q.shape
-    blocks = triton.cdiv(query_length, softmax_tiles(dim, q.dtype)["forward"].block_m)
+    blocks = triton.cdiv(query_length, softmax_tiles(dim, q.dtype, q.device)["forward"].block_m)
     lse = q.new_empty((batch, heads, query_length), dtype=torch.float32)
     return torch.empty_like(q), lse, q.new_empty((batch * heads, blocks, 4), dtype=torch.int32)
 
@@ -54,11 +54,11 @@ def softmax_attention_forward(
     out, lse, block_range = _empty_outputs(q)
     blocks = block_range.shape[1]
     start, stop = with_equal_strides(start, stop)
-    softmax_forward_kernel[(blocks, batch * heads)](
+    softmax_forward_kernel[(blocks, heads, batch)](
         q, k, v, start, stop, slopes, query_position, key_position, out, lse, block_range,
         scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *start.stride()[:2],
         heads, heads // groups, query_length, key_length, blocks,
-        **_constants(q, softmax_tiles(dim, q.dtype)["forward"], slopes),
+        **_constants(q, softmax_tiles(dim, q.dtype, q.device)["forward"], slopes),
     )  # fmt: skip
     return out, lse, block_range
 
@@ -88,7 +88,7 @@ def softmax_attention_backward(
     batch, heads, query_length, dim = q.shape
     groups, key_length = k.shape[1:3]
     ratio = heads // groups
-    tiles = softmax_tiles(dim, q.dtype)
+    tiles = softmax_tiles(dim, q.dtype, q.device)
     positions = (slopes, query_position, key_position)
     start, stop = with_equal_strides(start, stop)
     ranges = start.stride()[:2]
@@ -96,12 +96,12 @@ def softmax_attention_backward(
     delta = torch.empty_like(lse)
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     blocks = triton.cdiv(query_length, tiles["rows"].block_m)
-    softmax_backward_rows_kernel[(blocks, batch * heads)](
+    softmax_backward_rows_kernel[(blocks, heads, batch)](
         q, k, v, start, stop, *positions, out, lse, d_out, delta, dq,
         scale, *inputs, *out.stride()[:3], *d_out.stride()[:3], *dq.stride()[:3], *ranges,
         heads, ratio, query_length, key_length, blocks, **_constants(q, tiles["rows"], slopes),
     )  # fmt: skip
-    softmax_backward_columns_kernel[(triton.cdiv(key_length, tiles["columns"].block_n), batch * groups)](
+    softmax_backward_columns_kernel[(triton.cdiv(key_length, tiles["columns"].block_n), groups, batch)](
         q, k, v, start, stop, *positions, block_range, lse, delta, d_out, dk, dv,
         scale, *inputs, *d_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *ranges,
         groups, ratio, query_length, key_length, block_range.shape[1],
