@@ -1,26 +1,16 @@
 """The benchmark of attention, as far as it runs without a GPU."""
 
-import argparse
 import math
-import runpy
-import sys
-from pathlib import Path
 
+import attention_inputs
+import attention_peers
+import bench_attention as bench
 import pytest
 import torch
+from attention_peers import Call
 
 from adasplash import entmax_attention, hash_sparse_attention, qk_sparse_attention
 from adasplash.ops.reordered_attention import keep_mask, random_directions
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-try:
-    bench = argparse.Namespace(**runpy.run_path(str(SCRIPTS / "bench_attention.py")))
-    import attention_inputs
-    import attention_peers
-    from attention_peers import Call
-finally:
-    sys.path.remove(str(SCRIPTS))
 
 
 def made(text, heads=2, length=256, dim=32, batch=1):

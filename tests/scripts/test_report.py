@@ -2,14 +2,10 @@
 
 import csv
 import json
-import runpy
-from pathlib import Path
 
 import pytest
+import report
 import yaml
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
-report = runpy.run_path(str(SCRIPT))
 
 
 def make_run(folder, attention="flash", seq_len=512, summary=None, metrics="", **changes):
@@ -47,7 +43,7 @@ def finished(perplexity=20.0, tokens_per_s=1e5, density=None, **more):
 
 def run_report(tmp_path, *paths):
     out = tmp_path / "out"
-    assert report["main"]([*map(str, paths), "--out", str(out)]) == 0
+    assert report.main([*map(str, paths), "--out", str(out)]) == 0
     with open(out / "report.csv", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     return out, rows
@@ -115,7 +111,7 @@ def test_no_run_at_all_is_one_sentence_and_status_two(tmp_path, capsys):
     file = tmp_path / "multirun.yaml"
     file.write_text("{}")
     for arguments in ([], [str(tmp_path / "runs" / "*")], [str(file)]):
-        assert report["main"]([*arguments, "--out", str(tmp_path / "out")]) == 2
+        assert report.main([*arguments, "--out", str(tmp_path / "out")]) == 2
         output = capsys.readouterr()
         assert output.out == "" and output.err.count("\n") == 1 and "no run folder" in output.err
     assert not (tmp_path / "out").exists()
@@ -148,5 +144,5 @@ def test_one_run_is_enough_for_a_picture(tmp_path, density):
 
 
 def test_marker_areas_grow_with_the_density():
-    areas = [report["marker_area"](density) for density in (0.0, 0.01, 0.1, 1.0)]
+    areas = [report.marker_area(density) for density in (0.0, 0.01, 0.1, 1.0)]
     assert areas == sorted(set(areas)) and areas[0] > 0
