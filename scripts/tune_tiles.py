@@ -12,27 +12,30 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from attention_inputs import make_inputs, parse_input
 from torch.profiler import ProfilerActivity, profile
 
 from adasplash import KeyRange
+from adasplash.ops.checks import check_choice
 from adasplash.ops.entmax_attention import operator as entmax
 from adasplash.ops.softmax_attention import operator as softmax
 from adasplash.ops.tile_table import Tiles
 
-# What is tuned: the kernel's name for the profiler, and the input that keeps it busy.
+# What is tuned: its names for the profiler, of which a GPU runs one, and the input that keeps it busy.
 KERNELS = {
-    "entmax.collect": ("collect_kernel", "scattered:.2:.8"),
-    "entmax.forward": ("tiles_forward_kernel", "gaussian:.3"),
-    "entmax.rows": ("tiles_backward_rows_kernel", "gaussian:.3"),
-    "entmax.columns": ("tiles_backward_columns_kernel", "gaussian:.3"),
-    "entmax.sinks": ("tiles_backward_columns_kernel", "clustered:3"),
-    "softmax.forward": ("softmax_forward_kernel", "gaussian"),
-    "softmax.rows": ("softmax_backward_rows_kernel", "gaussian"),
-    "softmax.columns": ("softmax_backward_columns_kernel", "gaussian"),
+    "entmax.collect": (("collect_kernel", "collect_hopper_kernel"), "scattered:.2:.8"),
+    "entmax.forward": (("tiles_forward_kernel",), "gaussian:.3"),
+    "entmax.rows": (("tiles_backward_rows_kernel",), "gaussian:.3"),
+    "entmax.columns": (("tiles_backward_columns_kernel",), "gaussian:.3"),
+    "entmax.sinks": (("tiles_backward_columns_kernel",), "clustered:3"),
+    "softmax.forward": (("softmax_forward_kernel",), "gaussian"),
+    "softmax.rows": (("softmax_backward_rows_kernel",), "gaussian"),
+    "softmax.columns": (("softmax_backward_columns_kernel",), "gaussian"),
 }
 TOKENS = 65536
 STEPS = 3
@@ -75,19 +78,32 @@ def step_function(family: str, inputs) -> Callable[[], None]:
     return step
 
 
-def kernel_time(step: Callable[[], None], name: str) -> float:
-    """Milliseconds of one kernel in one step."""
+def profiled(step: Callable[[], None]) -> Sequence[Any]:
+    """What the profiler sees of STEPS steps on the GPU, an event for each kernel."""
     step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(STEPS):
             step()
         torch.cuda.synchronize()
-    return sum(event.device_time_total for event in seen.key_averages() if event.key == name) / STEPS / 1000
+    return seen.key_averages()
+
+
+def kernel_time(events: Sequence[Any], names: Sequence[str]) -> float:
+    """Milliseconds that the kernels of these names take in one of the STEPS that were profiled.
+
+    Raises:
+        RuntimeError: none of them ran; says what did.
+    """
+    own = [event.device_time_total for event in events if event.key in names]
+    if not own:
+        ran = ", ".join(sorted(event.key for event in events if event.device_time_total)) or "nothing"
+        raise RuntimeError(f"Expected {' or '.join(names)} to run, but what ran is: {ran}; mend KERNELS.")
+    return sum(own) / STEPS / 1000
 
 
 def tune(kernel: str, dim: int, heads: int, length: int) -> None:
-    name, spec = KERNELS[kernel]
+    names, spec = KERNELS[kernel]
     family, part = kernel.split(".")
     module, table = (entmax, "entmax_tiles") if family == "entmax" else (softmax, "softmax_tiles")
     lookup = getattr(module, table)
@@ -98,10 +114,13 @@ def tune(kernel: str, dim: int, heads: int, length: int) -> None:
         for shape in candidates(kernel, now):
             setattr(module, table, lambda *_, shape=shape: {**now, part: shape})
             try:
-                times[shape] = kernel_time(step, name)
-                print(f"{kernel} {shape}: {times[shape]:.3f} ms", flush=True)
+                events = profiled(step)
             except Exception as error:  # too large for this GPU, or not compilable: the next one
-                print(f"{kernel} {shape}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", flush=True)
+                reason = " ".join(str(error).split())[:100]
+                print(f"{kernel} {shape}: {type(error).__name__}: {reason}", flush=True)
+                continue
+            times[shape] = kernel_time(events, names)
+            print(f"{kernel} {shape}: {times[shape]:.3f} ms", flush=True)
     finally:
         setattr(module, table, lookup)
     if times:
@@ -110,23 +129,28 @@ def tune(kernel: str, dim: int, heads: int, length: int) -> None:
         print(f"best {kernel}, dim {dim}: {best}, {times[best]:.3f} ms{before}", flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="*", help=f"of {', '.join(KERNELS)}; by default all")
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--length", type=int, default=16384)
-    arguments = parser.parse_args()
-    for kernel in arguments.kernels:
-        if kernel not in KERNELS:
-            raise SystemExit(f"Unknown kernel '{kernel}'; expected one of {', '.join(KERNELS)}.")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(KERNELS)}; by default all")
+    parser.add_argument("--dim", type=int, default=64, help="of a head (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--length", type=int, default=16384, help="tokens of a sequence (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        for kernel in options.kernels:
+            check_choice("kernel", kernel, KERNELS)
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
     if not torch.cuda.is_available():
-        raise SystemExit("Expected a GPU to measure on, found none.")
+        print("Error: tuning needs an NVIDIA GPU, and torch finds none.", file=sys.stderr)
+        return 1
     properties = torch.cuda.get_device_properties(0)
     print(f"{properties.name}, compute capability {properties.major}.{properties.minor}, torch {torch.__version__}")
-    for kernel in arguments.kernels or KERNELS:
-        tune(kernel, arguments.dim, arguments.heads, arguments.length)
+    for kernel in options.kernels or KERNELS:
+        tune(kernel, options.dim, options.heads, options.length)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
