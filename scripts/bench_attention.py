@@ -51,6 +51,7 @@ from attention_peers import (
     prepare,
     why_left_out,
 )
+from facts import facts_line, read_facts
 from torch import Tensor
 
 # adasplash is imported where it is used: attention_peers.py says why.
@@ -449,23 +450,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_facts(arguments: Sequence[str]) -> Row:
-    import triton
-
-    try:
-        git = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or None,
-        "command": " ".join(["bench_attention.py", *arguments]),
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
@@ -482,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reason := why_left_out(implementation, options.adasplash2, options.alpha, options.documents):
             print(f"{implementation.name} is left out: {reason}")
             options.implementations.remove(implementation)
-    facts = read_facts(arguments)
+    facts = read_facts("bench_attention.py", arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     with open(options.out / "rows.jsonl", "a") as file:
@@ -498,7 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rows:
         print_tables([table(rows)])
     pictures = plot(rows, options.out / "attention.png"), plot_lengths(rows, options.out / "lengths.png")
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print(facts_line(facts))
     print(", ".join([f"{len(rows)} rows -> {options.out / 'rows.jsonl'}", *(f"picture {x}" for x in pictures if x)]))
     return 0
 
