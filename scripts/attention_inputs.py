@@ -1,8 +1,4 @@
-"""The inputs on which attention is timed, and how sparse entmax attention is on them. Needs torch alone.
-
-scattered:FRESH:A   few keys a query, in many tiles, as in GPT-2 trained with entmax attention
-clustered:TOPICS    the same weight in few tiles: segments of the text share a topic
-gaussian[:SCALE]    independent q and k, q times SCALE: many keys a query, the more the smaller SCALE
+"""The inputs on which attention is timed, and how sparse entmax attention is on them.
 
 The same specification, shape and kind of device give the same tensors.
 """
@@ -13,9 +9,24 @@ import math
 from typing import NamedTuple
 
 import torch
+from forms import Form, misfit
 from torch import Tensor
 
-INPUTS = {"scattered": "scattered:FRESH:A", "clustered": "clustered:TOPICS", "gaussian": "gaussian[:SCALE]"}
+INPUTS = {
+    "scattered": Form(
+        "scattered:FRESH:A",
+        "few keys a query, in many tiles, as in GPT-2 trained with entmax attention",
+        "0 <= FRESH <= 1",
+    ),
+    "clustered": Form(
+        "clustered:TOPICS",
+        "the same weight in few tiles: segments of the text share a topic",
+        "a whole number of TOPICS",
+    ),
+    "gaussian": Form(
+        "gaussian[:SCALE]", "independent q and k, q times SCALE: many keys a query, the more the smaller SCALE"
+    ),
+}
 TILE = 64
 STREAMS = 3  # of scattered inputs
 SEGMENT = 256  # tokens of a segment of clustered inputs, on average
@@ -28,16 +39,30 @@ class InputSpec(NamedTuple):
 
 
 def parse_input(text: str) -> InputSpec:
-    """Raises ValueError that lists the valid forms."""
-    kind, *parts = text.split(":")
+    """Raises ValueError that names the valid form, or the valid forms and the nearest."""
+    match text.split(":"):
+        case ["scattered", fresh, a]:
+            valid = 0 <= number(fresh) <= 1 and math.isfinite(number(a))
+        case ["clustered", topics]:
+            valid = number(topics) >= 1 and number(topics) % 1 == 0
+        case ["gaussian"]:
+            valid = True
+        case ["gaussian", scale]:
+            valid = math.isfinite(number(scale))
+        case _:
+            valid = False
+    if not valid:
+        raise misfit("input", text, INPUTS)
+    kind, *values = text.split(":")
+    return InputSpec(text, kind, tuple(map(float, values)))
+
+
+def number(text: str) -> float:
+    """NaN, which fails every comparison, for what is no number."""
     try:
-        values = tuple(float(part) for part in parts)
-        expected = {"scattered": (2,), "clustered": (1,), "gaussian": (0, 1)}[kind]
-    except (KeyError, ValueError):
-        expected = ()
-    if len(parts) not in expected or (kind == "clustered" and (values[0] < 1 or values[0] % 1)):
-        raise ValueError(f"Unknown input '{text}'; expected one of {', '.join(INPUTS.values())}.")
-    return InputSpec(text, kind, values)
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def make_inputs(spec: InputSpec, batch: int, heads: int, length: int, dim: int, device="cuda") -> tuple[Tensor, ...]:

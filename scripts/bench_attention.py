@@ -5,21 +5,11 @@
     python scripts/bench_attention.py --implementations adasplash,fa4,adasplash2 --adasplash2 FOLDER
     python scripts/bench_attention.py --implementations softmax,fa2,fa4 --documents 8
 
-Inputs, the same for all, causal, bfloat16: see attention_inputs.py. Implementations:
-
-    adasplash[:ALPHA|:learned]  entmax_attention; learned: alpha is a tensor, one a head, that receives a gradient
-    softmax                     softmax_attention by its Triton kernels
-    hash_sparse:BUCKETS         hash_sparse_attention: hashing, sorting, attention and restoring
-    qk_sparse:DROP              qk_sparse_attention likewise, for masks that are drawn beforehand
-    fa2, cudnn                  FlashAttention-2 and cuDNN, as PyTorch has them
-    flex                        FlexAttention, compiled
-    fa4                         FlashAttention-4 (package flash-attn-4)
-    adasplash2                  AdaSplash-2 (package adasplash, of the same name as ours: it needs --adasplash2)
-
-Each is first compared with a float64 computation, on the very input that is timed: no time stands beside a wrong result.
-What does not depend on the input is timed once a length. With --documents the texts are packed with that many documents each,
-which do not see each other; fa2 and fa4 are then the kernels for sequences of different lengths. MiB is the memory that forward and backward take on top of
-q, k and v, output and gradients included.
+All have the same inputs, causal, bfloat16, and each is first compared with a float64 computation, on the very input that
+is timed: no time stands beside a wrong result. What does not depend on the input is timed once a length. With
+--documents the texts are packed with that many documents each, which do not see each other; fa2 and fa4 are then the
+kernels for sequences of different lengths. MiB is the memory that forward and backward take on top of q, k and v,
+output and gradients included.
 """
 
 from __future__ import annotations
@@ -37,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_inputs import InputSpec, draw_documents, entmax_threshold, make_inputs, parse_input, sparsity
+from attention_inputs import INPUTS, InputSpec, draw_documents, entmax_threshold, make_inputs, parse_input, sparsity
 from attention_peers import (
     CHECKED_HEADS,
     CHECKED_QUERIES,
-    DEPENDS_ON_INPUT,
-    ENTMAX,
+    PEERS,
     Call,
     Implementation,
     alpha_of,
@@ -52,6 +41,7 @@ from attention_peers import (
     why_left_out,
 )
 from facts import facts_line, read_facts
+from forms import help_text
 from torch import Tensor
 
 # adasplash is imported where it is used: attention_peers.py says why.
@@ -158,13 +148,13 @@ def describe(implementation: Implementation, inputs: InputSpec, length: int, opt
     """What a row says before anything is measured."""
     return {
         "implementation": implementation.name,
-        "inputs": inputs.name if implementation.kind in DEPENDS_ON_INPUT else "any",
+        "inputs": inputs.name if implementation.depends_on_input else "any",
         "length": length,
         "batch": max(1, options.tokens // length),
         "heads": options.heads,
         "dim": options.dim,
         "documents": options.documents,
-        "alpha": alpha_of(implementation, options.alpha) if implementation.kind in ENTMAX else None,
+        "alpha": alpha_of(implementation, options.alpha) if implementation.entmax else None,
     }
 
 
@@ -240,7 +230,7 @@ def rows_at(length: int, implementation: Implementation, options: argparse.Names
     if implementation.kind == "adasplash2" and not options.worker:
         yield from measure_apart(implementation, length, options)
         return
-    for inputs in options.inputs if implementation.kind in DEPENDS_ON_INPUT else options.inputs[:1]:
+    for inputs in options.inputs if implementation.depends_on_input else options.inputs[:1]:
         yield measure(implementation, inputs, length, options)
 
 
@@ -251,7 +241,7 @@ def measure_all(options: argparse.Namespace, keep: Callable[[Row], None]) -> Non
         for implementation in options.implementations:
             for row in rows_at(length, implementation, options):
                 key = (row["inputs"], length, alpha_of(implementation, options.alpha))
-                if implementation.kind in ENTMAX and not options.worker:
+                if implementation.entmax and not options.worker:
                     if key not in counted:
                         counted[key] = count_sparsity(*key, options)
                     row |= counted[key]
@@ -429,8 +419,13 @@ def parse_documents(text: str) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=listed(parse_length), default="8192,16384,65536")
+    implementations = help_text("implementations", {kind: peer.form for kind, peer in PEERS.items()})
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"{help_text('inputs', INPUTS)}\n\n{implementations}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--lengths", type=listed(parse_length), default="8192,16384,65536", help="default: %(default)s")
     parser.add_argument("--inputs", type=listed(parse_input), default=STANDARD_INPUTS, help="default: %(default)s")
     parser.add_argument(
         "--implementations",
@@ -438,14 +433,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=STANDARD_IMPLEMENTATIONS,
         help="default: %(default)s",
     )
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--dim", type=int, default=64, help="of a head")
-    parser.add_argument("--tokens", type=int, default=65536, help="the batch is tokens // length, at least 1")
-    parser.add_argument("--documents", type=parse_documents, default=1, help="packed into each text; default: 1")
-    parser.add_argument("--alpha", type=parse_alpha, default=1.5, help="of adasplash where its name has none")
+    parser.add_argument("--heads", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--dim", type=int, default=64, help="of a head (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=65536, help="the batch is tokens // length, at least 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--documents", type=parse_documents, default=1, help="packed into each text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--alpha", type=parse_alpha, default=1.5, help="of adasplash where its name has none (default: %(default)s)"
+    )
     parser.add_argument("--adasplash2", type=Path, metavar="FOLDER", help="the folder with the package of AdaSplash-2")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_attention"), help="default: %(default)s")
-    parser.add_argument("--seconds-per-timing", type=float, default=0.3)
+    parser.add_argument("--seconds-per-timing", type=float, default=0.3, help="default: %(default)s")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -481,7 +482,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measure_all(options, keep)
     if rows:
         print_tables([table(rows)])
-    pictures = plot(rows, options.out / "attention.png"), plot_lengths(rows, options.out / "lengths.png")
+    pictures = (
+        plot(rows, options.out / "attention.png"),
+        plot_lengths(rows, options.out / "lengths.png"),
+    )
     print(facts_line(facts))
     print(", ".join([f"{len(rows)} rows -> {options.out / 'rows.jsonl'}", *(f"picture {x}" for x in pictures if x)]))
     return 0

@@ -24,17 +24,51 @@ def test_implementations_are_parsed(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["fa3", "adasplash:1", "adasplash:x", "hash_sparse", "hash_sparse:3", "qk_sparse:1", "fa2:2", "softmax:"]
+    "text, said",
+    [
+        (
+            "fa3",
+            "Unknown implementation 'fa3'; expected one of adasplash.*, hash_sparse:BUCKETS, .*adasplash2. Did you",
+        ),
+        ("hash_spars:16", "Did you mean 'hash_sparse'"),
+        ("adasplash:1", r"Expected adasplash\[:ALPHA\|:learned\] with 1 < ALPHA <= 2, got 'adasplash:1'"),
+        ("adasplash:x", "Expected adasplash.* got 'adasplash:x'"),
+        ("hash_sparse", "Expected hash_sparse:BUCKETS with an even number of BUCKETS, got 'hash_sparse'"),
+        ("hash_sparse:3", "an even number of BUCKETS, got 'hash_sparse:3'"),
+        ("hash_sparse:learned", "an even number of BUCKETS"),
+        ("qk_sparse:1", "0 <= DROP < 1, got 'qk_sparse:1'"),
+        ("fa2:2", "Expected fa2, got 'fa2:2'"),
+        ("softmax:", "Expected softmax, got 'softmax:'"),
+    ],
 )
-def test_unknown_implementations_name_the_valid_ones(text):
-    with pytest.raises(ValueError, match="Unknown implementation .*adasplash.*hash_sparse:BUCKETS.*adasplash2"):
+def test_wrong_implementations_are_told_the_valid_form(text, said):
+    with pytest.raises(ValueError, match=said):
         attention_peers.parse_implementation(text)
 
 
-@pytest.mark.parametrize("text", ["uniform", "scattered", "scattered:.2", "clustered:0", "clustered:x", "gaussian:1:2"])
-def test_unknown_inputs_name_the_valid_ones(text):
-    with pytest.raises(ValueError, match="Unknown input .*scattered:FRESH:A, clustered:TOPICS, gaussian"):
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("uniform", "Unknown input 'uniform'; expected one of scattered:FRESH:A, clustered:TOPICS, gaussian"),
+        ("gausian:.3", "Did you mean 'gaussian'"),
+        ("scattered", "Expected scattered:FRESH:A with 0 <= FRESH <= 1, got 'scattered'"),
+        ("scattered:.2", "Expected scattered:FRESH:A .* got 'scattered:.2'"),
+        ("clustered:0", "Expected clustered:TOPICS with a whole number of TOPICS, got 'clustered:0'"),
+        ("clustered:x", "got 'clustered:x'"),
+        ("gaussian:1:2", r"Expected gaussian\[:SCALE\], got 'gaussian:1:2'"),
+    ],
+)
+def test_wrong_inputs_are_told_the_valid_form(text, said):
+    with pytest.raises(ValueError, match=said):
         attention_inputs.parse_input(text)
+
+
+def test_the_help_names_every_input_and_implementation(capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.main(["--help"])
+    said = capsys.readouterr().out
+    forms = [*attention_inputs.INPUTS.values(), *(peer.form for peer in attention_peers.PEERS.values())]
+    assert end.value.code == 0 and all(f"  {form.text} " in said and form.summary in said for form in forms)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +212,7 @@ def test_packed_documents_do_not_see_each_other():
     q, k, v, _ = made("gaussian", batch=2)
     positions = attention_inputs.draw_documents(2, 256, 5, device="cpu")
     assert ((positions == 0).sum(-1) == 5).all() and positions.max() < 256
-    call = attention_peers.prepare_documents(q, k, v, "softmax", positions)
+    call = attention_peers.prepare(attention_peers.parse_implementation("softmax"), q, k, v, 1.0, positions)
     document = (positions == 0).cumsum(-1)
     assert torch.equal(call.allowed[1], (document[0, :, None] == document[0])[-attention_peers.CHECKED_QUERIES :])
     reason = attention_peers.why_left_out(attention_peers.parse_implementation("cudnn"), None, 1.5, documents=5)
