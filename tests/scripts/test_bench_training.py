@@ -1,5 +1,6 @@
 """The benchmark of training, as far as it runs without a GPU."""
 
+import json
 import re
 
 import bench_training
@@ -35,3 +36,29 @@ def test_says_that_it_needs_a_gpu(monkeypatch, capsys):
         bench_training.main(["flash:1024"])
     assert end.value.code == 2
     assert capsys.readouterr().err.endswith("error: this benchmark needs an NVIDIA GPU, and torch finds none.\n")
+
+
+def test_rows_hold_the_facts_of_the_run(monkeypatch, tmp_path, capsys):
+    def train(config):
+        if config.attention.name == "softmax":
+            raise torch.OutOfMemoryError
+        measured = {"perf/tokens_per_s": 1e5, "perf/mfu": None, "mem/max_gib": 30.0, "train/loss": 4.0}
+        return measured | {"attention/density": None, "step": config.steps}
+
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(bench_training, "train", train)
+    out = tmp_path / "rows.jsonl"
+    assert bench_training.main(["flash:16384:3", "softmax:8192", "--out", str(out)]) == 0
+    flash, softmax = map(json.loads, out.read_text().splitlines())
+    assert (flash["attention"], flash["seq_len"], flash["steps"], flash["perf/tokens_per_s"]) == (
+        "flash",
+        16384,
+        3,
+        1e5,
+    )
+    assert softmax["error"] == "out of memory" and softmax["steps"] == 40
+    assert {"device", "torch", "triton", "transformers", "commit", "command"} <= set(flash) & set(softmax)
+    assert "100,000" in capsys.readouterr().out
