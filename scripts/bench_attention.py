@@ -15,7 +15,6 @@ output and gradients included.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -27,7 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_inputs import INPUTS, InputSpec, draw_documents, entmax_threshold, make_inputs, parse_input, sparsity
+from attention_inputs import (
+    INPUTS,
+    InputSpec,
+    draw_documents,
+    entmax_threshold,
+    make_inputs,
+    number,
+    parse_input,
+    sparsity,
+)
 from attention_peers import (
     CHECKED_HEADS,
     CHECKED_QUERIES,
@@ -44,34 +52,14 @@ from facts import facts_line, read_facts
 from forms import help_text
 from torch import Tensor
 
-# adasplash is imported where it is used: attention_peers.py says why.
+# adasplash, and attention_pictures with it, is imported where it is used: attention_peers.py says why.
 
 Row = dict[str, Any]
 
-BASELINES = ("fa4", "cudnn", "fa2")
 STANDARD_INPUTS = "scattered:.2:.8,scattered:.3:.6,clustered:3,clustered:8,clustered:32,gaussian"
 STANDARD_IMPLEMENTATIONS = "adasplash,softmax,hash_sparse:16,qk_sparse:.5,fa2,cudnn,flex,fa4,adasplash2"
 
 LARGEST_ERROR = 2e-2
-
-COLUMNS = {
-    "length": "length",
-    "inputs": "inputs",
-    "implementation": "implementation",
-    "heads": "heads",
-    "dim": "head dim",
-    "documents": "documents",
-    "alpha": "alpha",
-    "forward_ms": "fwd ms",
-    "backward_ms": "bwd ms",
-    "sum_ms": "sum ms",
-    **{f"over_{name}": f"{name} / it" for name in BASELINES},
-    "extra_mib": "MiB",
-    "density": "density",
-    "support": "support",
-    "problem": "problem",
-}
-SAME = ("heads", "dim", "alpha", "documents")  # in the caption where they are the same in every row
 
 # ---------------------------------------------------------------------------------------------------------- correctness
 
@@ -254,136 +242,6 @@ def count_sparsity(inputs: str, length: int, alpha: float, options: argparse.Nam
     return sparsity(q, k, alpha)._asdict()
 
 
-# ------------------------------------------------------------------------------------------------------------- showing
-
-
-def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Adds how often each row's time goes into those of the baselines at its length: above 1 it is the faster one."""
-    sums = {(row["implementation"], row["length"]): row.get("sum_ms") for row in rows}
-    result = []
-    for row in rows:
-        ratios = {}
-        for name in BASELINES:
-            baseline = sums.get((name, row["length"]))
-            if baseline and row.get("sum_ms"):
-                ratios[f"over_{name}"] = baseline / row["sum_ms"]
-        result.append(row | ratios)
-    return result
-
-
-def table(rows: Sequence[Row]):
-    from adasplash.evaluation.tables import text_table
-
-    rows = sorted(rows, key=lambda row: row["length"])
-    always = [name for name in COLUMNS if name not in SAME]
-    return text_table("Attention, forward and backward", with_ratios(rows), COLUMNS, always)
-
-
-def colours_of(names: Sequence[str]) -> dict[str, str]:
-    """The colours of this package's pictures; what follows the colon counts where a kind is there more than once."""
-    from adasplash.evaluation.plots import attention_colours
-
-    names = list(dict.fromkeys(names))
-    kinds = [name.split(":")[0] for name in names]
-    keys = [kind if kinds.count(kind) == 1 else name for name, kind in zip(names, kinds, strict=True)]
-    colours = attention_colours(keys)
-    return {name: colours[key] for name, key in zip(names, keys, strict=True)}
-
-
-def break_even(points: Sequence[tuple[float, float]], ms: float) -> float | None:
-    """The support at which a line through (support, ms), straight on logarithmic axes, first rises to `ms`; None if nowhere."""
-    points = [(math.log(x), math.log(y)) for x, y in sorted(points)]
-    level = math.log(ms)
-    for (x, y), (next_x, next_y) in itertools.pairwise(points):
-        if y < level <= next_y:
-            return math.exp(x + (next_x - x) * (level - y) / (next_y - y))
-    return None
-
-
-def plot(rows: Sequence[Row], path: Path) -> Path | None:
-    """A panel for each length: ms against support, and lines across for what does not depend on the input.
-
-    A ring marks the support at which a line meets the fastest of those across that drop nothing, where it has points on both
-    sides; between points it is a guess.
-    None without an entmax row; hash-sparse rows are not drawn, since support means nothing to them.
-    """
-    from adasplash.evaluation.plots import length_label, readable_scale
-
-    timed = [row for row in rows if row.get("sum_ms")]
-    sparse = [row for row in timed if row.get("support")]
-    dense = [row for row in timed if row["inputs"] == "any"]
-    if not sparse:
-        return None
-    from matplotlib.figure import Figure
-
-    lengths = sorted({row["length"] for row in sparse})
-    colours = colours_of([row["implementation"] for row in sparse + dense])
-    figure = Figure(figsize=(1.5 + 3.6 * len(lengths), 4.4), dpi=160, layout="constrained")
-    panels = figure.subplots(1, len(lengths), sharex=True, sharey=True, squeeze=False)[0]
-    labelled = {}
-    for axes, length in zip(panels, lengths, strict=True):
-        readable_scale(axes, "x", [row["support"] for row in sparse])
-        readable_scale(axes, "y", [row["sum_ms"] for row in sparse + dense])
-        for row in dense:
-            if row["length"] == length:
-                name = row["implementation"]
-                labelled[name] = axes.axhline(row["sum_ms"], color=colours[name], linewidth=1.3, linestyle=(0, (5, 2)))
-        for name in {row["implementation"]: None for row in sparse}:
-            own = [row for row in sparse if (row["implementation"], row["length"]) == (name, length)]
-            own.sort(key=lambda row: row["support"])
-            x, y = [row["support"] for row in own], [row["sum_ms"] for row in own]
-            (labelled[name],) = axes.plot(x, y, color=colours[name], marker="o", markersize=5, linewidth=1.3)
-            whole = [row["sum_ms"] for row in dense if row["length"] == length and ":" not in row["implementation"]]
-            fastest = min(whole, default=math.inf)
-            if even := break_even(list(zip(x, y, strict=True)), fastest):
-                axes.plot([even], [fastest], marker="o", markersize=11, fillstyle="none", color="#444444")
-                note = {"xytext": (0, -16), "textcoords": "offset points", "ha": "left", "fontsize": 9}
-                axes.annotate(f"break-even about {even:.0f}", (even, fastest), **note)
-        axes.set_title(f"length {length_label(length)}", loc="left", fontsize=10)
-        axes.set_xlabel("keys with weight per query")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(which="both", color="#888888", labelsize=9)
-        axes.grid(True, color="#e6e6e6", linewidth=0.8)
-    panels[0].set_ylabel("forward + backward, ms")
-    handles = {name: labelled[name] for name in colours if name in labelled}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
-    figure.savefig(path)
-    return path
-
-
-def plot_lengths(rows: Sequence[Row], path: Path) -> Path | None:
-    """ms against length, a line for each implementation that was timed at several; of several inputs the first.
-
-    A kind has one colour; markers tell apart what follows the colon.
-    """
-    from adasplash.evaluation.plots import attention_colours, length_label, new_axes, readable_scale
-
-    lines = {}
-    for row in rows:
-        if row.get("sum_ms"):
-            lines.setdefault(row["implementation"], {}).setdefault(row["length"], row["sum_ms"])
-    lines = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 1}
-    if not lines:
-        return None
-    figure, axes = new_axes()
-    readable_scale(axes, "y", [ms for points in lines.values() for _, ms in points])
-    lengths = sorted({length for points in lines.values() for length, _ in points})
-    colours = attention_colours(name.split(":")[0] for name in lines)
-    markers = {kind: iter("os^Dvp*X") for kind in colours}
-    for name, points in sorted(lines.items(), key=lambda line: -line[1][-1][1]):
-        kind = name.split(":")[0]
-        style = {"color": colours[kind], "marker": next(markers[kind], "."), "markersize": 5.5, "linewidth": 1.3}
-        axes.plot(*zip(*points, strict=True), **style, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [length_label(length) for length in lengths])
-    axes.minorticks_off()
-    axes.set_xlabel("length")
-    axes.set_ylabel("forward + backward, ms")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    figure.savefig(path)
-    return path
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -406,7 +264,7 @@ def parse_length(text: str) -> int:
 
 
 def parse_alpha(text: str) -> float:
-    alpha = float(text)
+    alpha = number(text)
     if not 1 < alpha <= 2:
         raise argparse.ArgumentTypeError(f"Expected 1 < alpha <= 2, got {text}.")
     return alpha
@@ -461,6 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measure_all(options, lambda row: print(json.dumps(row), flush=True))
         return 0
 
+    from attention_pictures import draw_against_length, draw_against_support, table
+
     from adasplash.evaluation.tables import print_tables
 
     for implementation in list(options.implementations):
@@ -483,8 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rows:
         print_tables([table(rows)])
     pictures = (
-        plot(rows, options.out / "attention.png"),
-        plot_lengths(rows, options.out / "lengths.png"),
+        draw_against_support(rows, options.out / "attention.png"),
+        draw_against_length(rows, options.out / "lengths.png"),
     )
     print(facts_line(facts))
     print(", ".join([f"{len(rows)} rows -> {options.out / 'rows.jsonl'}", *(f"picture {x}" for x in pictures if x)]))

@@ -14,8 +14,14 @@ COLOURS = {
     "adasplash": "#d55e00",
     "hash_sparse": "#009e73",
     "qk_sparse": "#cc79a7",
+    # of others, in benchmarks
+    "fa4": "#0072b2",  # what flash is on a Hopper
+    "fa2": "#56b4e9",
+    "cudnn": "#8c564b",
+    "flex": "#000000",
+    "adasplash2": "#e69f00",
 }
-FURTHER_COLOURS = ("#e69f00", "#56b4e9", "#8c564b", "#17becf", "#000000")
+FURTHER_COLOURS = ("#17becf", "#9467bd", "#bcbd22", "#1b4f2a", "#e377c2")
 DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.5)), (0, (6, 2, 1.2, 2)))
 FEWEST_TARGETS = 20  # a mean over fewer is noise
 DOUBLINGS = (
@@ -37,12 +43,17 @@ def new_axes(width: float = 7.5, height: float = 4.8):
 
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
     axes = figure.add_subplot()
+    style_axes(axes)
+    return figure, axes
+
+
+def style_axes(axes) -> None:
+    """The look of this package's pictures."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
     axes.tick_params(which="both", color="#888888", labelsize=9)
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def draw_support(path: Path, counts: Any, size: int, *, queries: int = 0, keys: int = 0) -> Path:

@@ -1,6 +1,6 @@
 """The benchmark of attention, as far as it runs without a GPU."""
 
-import math
+import json
 
 import attention_inputs
 import attention_peers
@@ -72,7 +72,8 @@ def test_the_help_names_every_input_and_implementation(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--implementations", "fa3"], ["--inputs", "uniform"], ["--lengths", "100"], ["--alpha", "1"]]
+    "arguments",
+    [["--implementations", "fa3"], ["--inputs", "uniform"], ["--lengths", "100"], ["--alpha", "1"], ["--alpha", "x"]],
 )
 def test_wrong_arguments_end_the_program(arguments, capsys):
     with pytest.raises(SystemExit):
@@ -143,58 +144,30 @@ def test_right_results_pass_and_wrong_ones_do_not():
     assert bench.what_is_wrong({"out": 1e-3, "dq": float("nan")}) == "wrong (error nan in dq)"
 
 
-def timed(implementation, inputs, milliseconds, **more):
-    times = {"forward_ms": milliseconds / 3, "backward_ms": milliseconds * 2 / 3, "sum_ms": milliseconds}
-    shape = {"length": 8192, "batch": 8, "heads": 12, "dim": 64, "alpha": None, "problem": None}
-    return {"implementation": implementation, "inputs": inputs, **shape, **times, "extra_mib": 100, **more}
+def test_a_run_leaves_rows_with_its_facts_and_pictures(monkeypatch, tmp_path, capsys):
+    def measure(implementation, inputs, length, options):
+        row = bench.describe(implementation, inputs, length, options)
+        return row | {"problem": None, "forward_ms": 1.0, "backward_ms": 2.0, "sum_ms": 3.0, "extra_mib": 5}
 
-
-ROWS = [
-    timed("adasplash", "gaussian", 8.0, density=1.0, support=23.0, alpha=1.5),
-    timed("adasplash", "scattered:.2:.8", 4.0, density=0.72, support=2.9, alpha=1.5),
-    timed("fa2", "any", 12.0),
-    {"implementation": "flex", "inputs": "any", "length": 8192, "problem": "wrong (error 0.3 in dq)"},
-]
-
-
-def test_the_table_shows_ratios_and_no_time_beside_a_wrong_result():
-    table = bench.table(ROWS)
-    rows = [dict(zip(table.headings, row, strict=True)) for row in table.rows]
-    assert [row["fa2 / it"] for row in rows] == ["1.500", "3.000", "1.000", "–"]
-    assert rows[1]["density"] == "0.7200" and rows[1]["support"] == "2.900" and rows[1]["problem"] == "–"
-    assert rows[3]["problem"] == "wrong (error 0.3 in dq)" and rows[3]["fwd ms"] == rows[3]["sum ms"] == "–"
-    assert "fa4 / it" not in table.headings
-
-
-def test_the_picture_needs_an_entmax_row(tmp_path):
-    assert bench.plot(ROWS[2:], tmp_path / "attention.png") is None
-    assert bench.plot(ROWS, tmp_path / "attention.png").stat().st_size > 1000
-
-
-def test_the_picture_rings_the_break_even_with_attention_that_drops_nothing(tmp_path, monkeypatch):
-    notes = []
-    monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda self, text, at, **how: notes.append((text, at)))
-    crossing = [
-        timed("adasplash", "gaussian", 18.0) | {"support": 29.0, "density": 1.0},
-        timed("qk_sparse:.7", "any", 1.0),
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "count_sparsity", lambda *_: {"density": 0.5, "support": 7.0})
+    arguments = (
+        "--lengths 512,1024 --inputs gaussian,clustered:3 --implementations adasplash,hash_sparse:16,fa2,adasplash2"
+    )
+    assert bench.main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    names = [(row["implementation"], row["inputs"], row["alpha"]) for row in rows if row["length"] == 512]
+    assert names == [
+        *(("adasplash", inputs, 1.5) for inputs in ("gaussian", "clustered:3")),
+        *(("hash_sparse:16", inputs, None) for inputs in ("gaussian", "clustered:3")),
+        ("fa2", "any", None),
     ]
-    bench.plot(ROWS + crossing, tmp_path / "attention.png")
-    [(text, (support, ms))] = notes
-    assert ms == 12.0 and 2.9 < support < 29.0 and text == f"break-even about {support:.0f}"
-
-
-def test_break_even_is_where_a_line_rises_to_a_time():
-    assert bench.break_even([(16, 4.0), (4, 1.0)], 2.0) == pytest.approx(8)  # straight on logarithmic axes
-    assert bench.break_even([(2, 5.0), (4, 1.0), (8, 3.0), (16, 12.0)], 6.0) == pytest.approx(8 * 2**0.5)
-    assert bench.break_even([(2, 1.0), (4, 2.0)], 6.0) is None
-    assert bench.break_even([(2, 8.0), (4, 9.0)], 6.0) is None
-    assert bench.break_even([(2, 8.0)], math.inf) is None
-
-
-def test_the_picture_of_lengths_needs_two_of_them(tmp_path):
-    longer = [row | {"length": 2 * row["length"]} for row in ROWS]
-    assert bench.plot_lengths(ROWS[:1], tmp_path / "lengths.png") is None
-    assert bench.plot_lengths(ROWS + longer, tmp_path / "lengths.png").stat().st_size > 1000
+    assert {row["command"] for row in rows} == {f"bench_attention.py {arguments} --out {tmp_path}"}
+    assert [row.get("support") for row in rows[:5]] == [7.0, 7.0, None, None, None]
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "attention.png", "lengths.png"}
+    assert "adasplash2 is left out: not given" in capsys.readouterr().out
 
 
 def test_a_peer_that_is_not_here_is_left_out_and_one_that_fails_says_so(tmp_path):
