@@ -45,14 +45,14 @@ def has_little_shared_memory(device: torch.device) -> bool:
 
 
 def fitting(table):
-    """Of a table of tiles by (dim, dtype) one by (dim, dtype, device): tiles half as high where shared memory is short."""
+    """Of a table of tiles by (dim, dtype) one by (dim, dtype, device): tiles half as high where shared memory is short (those of `collect` always fit)."""
 
     @functools.wraps(table)
     def for_device(dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tiles]:
         tiles = table(dim, dtype)
         if block_dim(dim) <= 64 or not has_little_shared_memory(device):
             return tiles
-        return {name: shape.halved() for name, shape in tiles.items()}
+        return {name: shape if name == "collect" else shape.halved() for name, shape in tiles.items()}
 
     return for_device
 

@@ -41,7 +41,7 @@ def test_every_name_is_that_of_a_kernel():
 @pytest.mark.parametrize("kernel", tune_tiles.KERNELS)
 def test_the_shape_of_the_table_is_the_first_candidate(kernel):
     family, part = kernel.split(".")
-    table = (entmax_tiles if family == "entmax" else softmax_tiles)(64, torch.bfloat16)
+    table = (entmax_tiles if family == "entmax" else softmax_tiles)(64, torch.bfloat16, torch.device("cpu"))
     shapes = list(tune_tiles.candidates(kernel, table))
     assert shapes[0] == table[part] and len(set(shapes)) == len(shapes) > 1
 
