@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not operator.INTERPRETED, reason="needs a GPU or Triton's interpreter"
 )
 
-# Where the pairs go: all on lists, all in tile mode, some blocks here and some there, columns as sinks.
-ROADS = {"lists": (64, 64), "tiles": (1, 64), "both": (6, 64), "sinks": (64, 3)}
+# Where the pairs go: all on lists, all in tile mode, some blocks here and some there, columns as sinks. Numbers of keys per
+# query that a block's list has room for, and of the longest column on lists.
+ROADS = {"lists": (64, 64), "tiles": (0, 64), "both": (2, 64), "sinks": (64, 3)}
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +39,35 @@ def road(request, monkeypatch):
 
 
 def take(road: str, monkeypatch):
-    keys_per_query, longest_column = ROADS[road]
-    monkeypatch.setattr(operator, "KEYS_PER_QUERY", keys_per_query)
+    room, longest_column = ROADS[road]
+    monkeypatch.setattr(operator, "KEYS_PER_QUERY", room)
     monkeypatch.setattr(operator, "LONGEST_COLUMN", longest_column)
+    list_blocks, prepare = operator._list_blocks, operator.operator_arguments
+
+    def is_mixed(in_tiles):
+        return bool(in_tiles.any() and not in_tiles.all())
+
+    def checked(in_tiles):
+        if road != "both":
+            assert in_tiles.all() if road == "tiles" else not in_tiles.any(), "another road was taken"
+        elif in_tiles.shape[1] > 1:
+            assert is_mixed(in_tiles), "one road was taken by all"
+        return list_blocks(in_tiles)
+
+    def with_room_for_some(*args, **kwargs):
+        """The supports of long inputs differ: the first room that some blocks fit in, and others not."""
+        *arguments, _ = prepare(*args, **kwargs)
+        if operator.KEYS_PER_QUERY == room:
+            monkeypatch.setattr(operator, "_list_blocks", list_blocks)
+            rooms = (2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
+            mixed = (n for n in rooms if is_mixed(operator.entmax_attention_forward(*arguments, n)[6]))
+            monkeypatch.setattr(operator, "KEYS_PER_QUERY", next(mixed, room))
+            monkeypatch.setattr(operator, "_list_blocks", checked)
+        return *arguments, operator.KEYS_PER_QUERY
+
+    monkeypatch.setattr(operator, "_list_blocks", checked)
+    if road == "both" and DEVICE == "cuda":
+        monkeypatch.setattr(operator, "operator_arguments", with_room_for_some)
 
 
 def inputs(batch, heads, groups, query_length, key_length, dim, dtype=torch.float32, sharpness=2.0) -> list[Tensor]:
@@ -63,7 +90,8 @@ def gradients(function, q, k, v, d_out, alpha, dtype=None) -> list[Tensor]:
 
 
 def relative(result: Tensor, truth: Tensor) -> float:
-    return ((result.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
+    size = truth.double().norm().item()
+    return (result.double() - truth.double()).norm().item() / (size or 1.0)
 
 
 def compare(q, k, v, d_out, *, alpha=1.5, key_range=None, causal=True, slopes=None, factor=2):
@@ -136,7 +164,7 @@ def key_ranges(length):
     }
 
 
-@pytest.mark.parametrize("road", ["lists", "both"])
+@pytest.mark.parametrize("road", ["lists", "tiles", "both"])
 @pytest.mark.parametrize("kind", ["window", "left padding", "right padding", "documents", "everything"])
 def test_key_ranges(kind, road, monkeypatch):
     take(road, monkeypatch)
@@ -272,40 +300,81 @@ def test_lists_hold_exactly_the_support(alpha):
     )
     assert not in_tiles.any()
     mask = visible.dense_mask(70).cpu()
-    p = dense_probabilities(q.cpu(), k.cpu(), mask, alpha=alpha, scale=0.25)
-    blocks = in_tiles.shape[1]
-    slabs = keys.view(2, blocks, -1)
-    rows = 64 if q.dtype == torch.float32 else 128
-    for h in range(2):
-        for i in range(70):
-            begin = int(first[0, h, i])
-            listed = set(slabs[h, i // rows, begin : begin + int(count[0, h, i])].tolist())
-            certain = set((p[0, h, i] > 1e-9).nonzero().flatten().tolist())
-            possible = set((p[0, h, i] > 0).nonzero().flatten().tolist())
-            assert certain <= listed
-            assert len(listed - possible) <= 1  # a key on the edge may round to either side
+    p = dense_probabilities(q.cpu(), k.cpu(), mask, alpha=alpha, scale=0.25)[0]
+    block_rows = entmax_tiles(16, q.dtype, q.device)["collect"].block_m
+    listed = listed_keys(keys, first, count, in_tiles, 70, block_rows).cpu()
+    assert listed[p > 1e-9].all()
+    assert ((listed & (p == 0)).sum(-1) <= 1).all()  # a key on the edge may round to either side
 
 
-def test_operator_contracts():
+@pytest.mark.parametrize("alpha", [1.5, "learned"])
+def test_operator_contracts(alpha):
     """Fake tensors, autograd registration and aliasing, as torch.compile relies on them."""
-    q, k, v, _ = inputs(1, 2, 1, 20, 20, 16)
+    learned = alpha == "learned"
+    q, k, v, d_out = inputs(1, 2, 1, 20, 20, 16)
+    alpha = torch.tensor([1.4, 1.6], device=DEVICE, requires_grad=True) if learned else alpha
     visible = resolve_key_range(q, k, None, True)
-    arguments = (
-        q,
-        k,
-        v,
-        visible.start,
-        visible.stop,
-        torch.full((2,), 1.5, device=DEVICE),
-        None,
-        None,
-        None,
-        0.25,
-        2,
-        64,
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    arguments = operator.operator_arguments(*leaves, visible, alpha=alpha, scale=0.25)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        operator.entmax_attention_forward, arguments, test_utils=(*tests, "test_autograd_registration")
     )
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(operator.entmax_attention_forward, arguments, test_utils=tests)
+    arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    _, *saved = operator.entmax_attention_forward(*arguments)
+    backward = (d_out, *arguments[:9], *saved, *arguments[9:], learned)
+    torch.library.opcheck(operator.entmax_attention_backward, backward, test_utils=tests)
+
+
+@pytest.mark.parametrize("size", [5e9, 1e15])
+@pytest.mark.parametrize("road", ["lists", "tiles"])
+def test_huge_scores(size, road, monkeypatch):
+    """Scores before their scale near float32's largest number."""
+    take(road, monkeypatch)
+    q, k, v, _ = inputs(1, 1, 1, 64, 64, 16)
+    visible = resolve_key_range(q, k, None, True)
+    q, k, scale = q * size, k * size, 0.25 / size**2
+    out = operator.entmax_attention_kernels(q, k, v, visible, alpha=1.5, scale=scale)
+    assert relative(out, range_attention(q, k, v, visible, alpha=1.5, scale=scale)) < 1e-4
+
+
+def test_a_query_of_zeros_beside_a_key_too_large_to_square():
+    q, k, v, _ = inputs(1, 1, 1, 40, 40, 16)
+    visible = resolve_key_range(q, k, None, True)
+    q[0, 0, 30:], k[0, 0, 39] = 0.0, 1e20
+    q[0, 0, 39, 0] = 1e-20
+    out = operator.entmax_attention_kernels(q, k, v, visible, alpha=1.5, scale=0.25)
+    torch.testing.assert_close(out, range_attention(q, k, v, visible, alpha=1.5, scale=0.25))
+
+
+@pytest.mark.skipif(not operator.INTERPRETED, reason="reaches into the launch")
+def test_tile_mode_from_a_bound_far_below_the_threshold(monkeypatch):
+    """Steps of third order must not go past a row's largest score: there its weights would all be 0."""
+    take("tiles", monkeypatch)
+    kernel = operator.tiles_forward_kernel
+
+    class Launcher:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                by_name = dict(zip(kernel.arg_names, arguments, strict=False))
+                by_name["BOUND"] -= 300.0
+                return kernel[grid](*arguments, **options)
+
+            return launch
+
+    monkeypatch.setattr(operator, "tiles_forward_kernel", Launcher())
+    q, k, v, _ = inputs(1, 1, 1, 64, 64, 16, sharpness=8.0)
+    visible = resolve_key_range(q, k, None, True)
+    out = operator.entmax_attention_kernels(q, k, v, visible, alpha=1.5, scale=1.0)
+    assert relative(out, range_attention(q, k, v, visible, alpha=1.5, scale=1.0)) < 1e-4
+
+
+def test_an_empty_batch():
+    leaves = [x.requires_grad_() for x in inputs(0, 2, 1, 20, 20, 16)[:3]]
+    visible = resolve_key_range(*leaves[:2], None, True)
+    out = operator.entmax_attention_kernels(*leaves, visible, alpha=1.5, scale=0.25)
+    out.sum().backward()
+    assert out.shape == leaves[0].grad.shape == (0, 2, 20, 16)
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU, at full size
@@ -426,8 +495,43 @@ def test_a_query_too_large_to_square_troubles_no_other():
 
 
 @pytest.mark.gpu
+def test_strides_and_offsets_beyond_32_bits():
+    """The second sequence of each begins more than 2 ** 31 elements after the first."""
+    apart = 2**31 + 2**20
+    buffer = torch.empty(apart + 2**21, dtype=torch.bfloat16, device=DEVICE)
+
+    def far_apart(x):
+        view = buffer[: 2**21].as_strided(x.shape, (apart, *x.stride()[1:]), far_apart.offset)
+        far_apart.offset += x[0].numel()
+        return view.copy_(x)
+
+    far_apart.offset = 0
+    *qkv, d_out = (x.contiguous() for x in inputs(2, 2, 1, 1023, 1023, 64, torch.bfloat16))
+    visible = resolve_key_range(*qkv[:2], None, True)
+    attend = lambda q, k, v, alpha: operator.entmax_attention_kernels(q, k, v, visible, alpha=alpha, scale=0.125)
+
+    def run(q, k, v, d_out):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves, 1.5)
+        return out, *torch.autograd.grad(out, leaves, d_out)
+
+    for result, truth in zip(run(*map(far_apart, qkv), far_apart(d_out)), run(*qkv, d_out), strict=True):
+        assert torch.equal(result, truth)
+
+
+@pytest.mark.gpu
+def test_more_heads_than_an_axis_of_a_grid_holds():
+    q, k, v, d_out = inputs(33000, 2, 2, 5, 5, 16, torch.float16)
+    results = compare(q[-3:], k[-3:], v[-3:], d_out[-3:])
+    visible = resolve_key_range(q, k, None, True)
+    attend = lambda q, k, v, alpha: operator.entmax_attention_kernels(q, k, v, visible, alpha=alpha, scale=0.25)
+    for whole, result in zip(gradients(attend, q, k, v, d_out, 1.5), results, strict=True):
+        assert torch.equal(whole[-3:], result)
+
+
+@pytest.mark.gpu
 def test_128k_tokens():
-    """Against the float64 reference on the last rows: no index overflows, and no row is lost."""
+    """Against the float64 reference on the last rows: none is lost."""
     length = 131072
     q, k, v, d_out = inputs(1, 2, 1, length, length, 64, torch.bfloat16)
     visible = resolve_key_range(q, k, None, True)
