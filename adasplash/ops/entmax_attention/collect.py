@@ -54,11 +54,11 @@ def key_norm_kernel(
 
 @triton.jit
 def raise_bound(bound, slope, tile_top, z_scale, r, FORMULA: tl.constexpr):
-    """The row's bound, a raw score, after one more tile maximum.
+    """The row's bound, a raw score, raised by one more tile maximum.
 
-    Where z = 1 / z_scale times raw, sum p >= 1 at the bound for the maxima seen, by the tangent of a convex function: a
-    tile that adds d ** r allows a rise of d ** r / (r * slope), slope being at least sum u at the bound. A maximum that
-    lies more than 1 above the bound starts afresh, alone.
+    With z = z_scale * raw, sum p over the maxima seen is at least 1 at the bound, so that the bound is below the row's
+    threshold. sum p is convex in the bound: a tile that adds p = d ** r allows it to rise by p / (r * slope) in z, slope
+    being at least sum u there. A maximum more than 1 above the bound in z starts afresh, alone.
     """
     p, u = entmax_weights(tl.where(tile_top > bound, (tile_top - bound) * z_scale, 0.0), r, FORMULA)
     alone = tile_top - 1.0 / z_scale

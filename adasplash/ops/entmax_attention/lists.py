@@ -17,7 +17,7 @@ THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side
 
 @triton.jit
 def load_lists(FIRST, COUNT, at, inside, slab):
-    """Of the rows at `at`: where their keys begin in KEYS, in which those of their block begin at `slab`; and how many they are."""
+    """Where the keys of the rows `at` stand in KEYS, and how many they are; `slab`: where those of their block begin."""
     count = tl.load(COUNT + at, mask=inside, other=0)
     return slab + tl.load(FIRST + at, mask=inside, other=0), count
 

@@ -98,9 +98,9 @@ def tiles_forward_kernel(
         bound = tl.load(BOUND + at, mask=inside, other=0.0)
         tau = tl.where(seeing & (bound == bound), bound * z_scale, float("inf"))
 
-        # A step s, against the mean distance from tau, leaves about s ** 2 / 3 by Newton's method, s ** 3 / 10 by Halley's, and
-        # the correction after it squares that; but the mean of v stays as far off, and as many digits as the dtype has, it has
-        # to have. Near alpha = 2, where u jumps at tau, keys between t and tau count in full for it: nearer, then.
+        # A step s (relative to the mean distance from tau) leaves an error of about s ** 2 / 3 after Newton's method,
+        # s ** 3 / 10 after Halley's, and the correction at the end squares that for `out`. The mean of v is not corrected, so
+        # that the limits follow the precision of the dtype. Near alpha = 2, u jumps at tau: there they are tighter.
         if Q.dtype.element_ty == tl.float32:
             close = 1e-5
         elif Q.dtype.element_ty == tl.float16:
