@@ -13,7 +13,7 @@ from ..ops.announce import announce
 from ..ops.checks import check_choice, nearest, resolve_key_range, resolve_scale
 from ..ops.implementation import IMPLEMENTATIONS, choose_implementation, why_no_kernels
 from ..ops.key_range import KeyRange
-from ..ops.reorder import Reordering, take_rows
+from ..ops.reordered_attention.reference import Reordering, take_rows
 from ..ops.support_statistics import SupportStatistics, support_statistics, visible_tiles
 from .alibi import ALIBI_KINDS, alibi_slopes
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ops.checks import check_choice, resolve_key_range
-from ..ops.reorder import compact_kept
 from ..ops.reordered_attention import keep_mask, qk_sparse_attention
+from ..ops.reordered_attention.reference import compact_kept
 from .backend import AttentionBackend, NormaliserOptions
 
 SCORES = ("random", "norm")

@@ -134,12 +134,12 @@ def store_block_range(BLOCK_RANGE, block, start, stop, key_length):
 
 @triton.jit
 def seeing_blocks(BLOCK_RANGE, BLOCKS, todo, whole_blocks, first_key, end_key):
-    """Of `todo` query blocks, those that see any of the keys [first_key, end_key): (lo, full_lo, full_hi, hi, full_block).
+    """Which of `todo` query blocks see any of the keys [first_key, end_key): (lo, full_lo, full_hi, hi, full_block).
 
-    BLOCKS: their numbers, ascending; None: 0, 1, ... Places in it from lo to hi hold the blocks that see some of the keys,
-    from full_lo to full_hi a run of consecutive blocks, from full_block on, where all rows see all of them that see anything;
-    some may not, and need a threshold that no score exceeds. A block from whole_blocks on has not all of its rows. Ranges that
-    move on with the queries have one such run; of others the first is taken.
+    BLOCKS: the blocks' numbers, ascending; None: 0, 1, 2, ... The places in BLOCKS from lo to hi hold all blocks that see such a
+    key. Within them, those from full_lo to full_hi are the first run of consecutive blocks that need no mask, of which full_block
+    is the first: every row there sees all of the keys, or none of any, and rows of the latter kind must have an infinite
+    threshold. Blocks from whole_blocks on are incomplete and never in the run.
     """
     lo = todo
     hi = 0

@@ -12,7 +12,7 @@ import adasplash.ops.range_attention as range_attention_module
 from adasplash import KeyRange, entmax_attention
 from adasplash.attention import BACKENDS, backend_options
 from adasplash.attention.alibi import alibi_slopes
-from adasplash.ops.reorder import hash_buckets
+from adasplash.ops.reordered_attention.reference import hash_buckets
 
 HEADS, GROUPS, DIM = 4, 2, 8
 

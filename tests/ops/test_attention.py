@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adasplash.ops.range_attention as range_attention_module
 from adasplash import KeyRange, entmax_attention, hash_sparse_attention, qk_sparse_attention, softmax_attention
-from adasplash.ops.reorder import hash_buckets
 from adasplash.ops.reordered_attention import random_directions
+from adasplash.ops.reordered_attention.reference import hash_buckets
 
 # B, H, G, Tq, Tk, D
 SHAPES = [

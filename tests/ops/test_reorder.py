@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from adasplash import KeyRange
-from adasplash.ops.reorder import (
+from adasplash.ops.reordered_attention import keep_mask, random_directions
+from adasplash.ops.reordered_attention.reference import (
     compact_kept,
     hash_buckets,
     reorder_inputs,
@@ -13,7 +14,6 @@ from adasplash.ops.reorder import (
     sort_by_bucket,
     take_rows,
 )
-from adasplash.ops.reordered_attention import keep_mask, random_directions
 
 # B, H, G, Tq, Tk
 SHAPES = [(1, 1, 1, 1, 1), (2, 4, 2, 65, 63), (1, 3, 1, 7, 65), (2, 2, 2, 64, 3)]

@@ -1,4 +1,4 @@
-"""The kernels that reorder against `reorder` in torch, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1)."""
+"""The kernels that reorder against the reference in torch, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1)."""
 
 import inspect
 
@@ -7,10 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from adasplash import KeyRange, hash_sparse_attention, qk_sparse_attention
-from adasplash.ops import reorder, reorder_kernels, reordered_attention
 from adasplash.ops.jit import INTERPRETED
-from adasplash.ops.reorder import Reordering
-from adasplash.ops.reordered_attention import random_directions
+from adasplash.ops.reordered_attention import attention, operator, random_directions, reference
+from adasplash.ops.reordered_attention.reference import Reordering
 
 pytestmark = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
@@ -62,7 +61,7 @@ def check_equal(reordering, expected):
 
 def test_both_modules_offer_the_same():
     for name in ("sort_by_hash", "compact_kept", "reorder_inputs", "restore_output"):
-        one, other = (inspect.signature(getattr(steps, name)) for steps in (reorder, reorder_kernels))
+        one, other = (inspect.signature(getattr(steps, name)) for steps in (reference, operator))
         assert one == other, name
 
 
@@ -70,8 +69,8 @@ def test_both_modules_offer_the_same():
 
 
 def sort_by_bucket(query_buckets, key_buckets, key_range, n_buckets):
-    return reorder_kernels._reordering(
-        *reorder_kernels.launch_sort(query_buckets, key_buckets, key_range.start, key_range.stop, n_buckets)
+    return operator._reordering(
+        *operator.launch_sort(query_buckets, key_buckets, key_range.start, key_range.stop, n_buckets)
     )
 
 
@@ -83,7 +82,7 @@ def test_sort_by_bucket(shape, n_buckets, device):
     key_buckets = torch.randint(0, n_buckets, (batch, groups, key_length), device=device)
     key_range = any_range(shape, device)
     reordering = poisoned(sort_by_bucket, query_buckets, key_buckets, key_range, n_buckets)
-    check_equal(reordering, reorder.sort_by_bucket(query_buckets, key_buckets, key_range))
+    check_equal(reordering, reference.sort_by_bucket(query_buckets, key_buckets, key_range))
 
 
 @pytest.mark.parametrize("bucket", [0, 15])
@@ -91,7 +90,7 @@ def test_one_bucket_holds_everything(bucket, device):
     buckets = torch.full((1, 1, 300), bucket, device=device)
     causal = KeyRange.causal(300, device=device).expand(1, 1)
     reordering = sort_by_bucket(buckets, buckets, causal, 16)
-    check_equal(reordering, reorder.sort_by_bucket(buckets, buckets, causal))
+    check_equal(reordering, reference.sort_by_bucket(buckets, buckets, causal))
     assert torch.equal(reordering.key_range.stop, causal.stop)
 
 
@@ -102,8 +101,8 @@ def test_compact_kept(shape, share, device):
     query_kept = torch.rand(batch, heads, query_length, device=device) < share
     key_kept = (torch.rand(batch, 1, key_length, device=device) < share).expand(-1, groups, -1)
     key_range = any_range(shape, device)
-    reordering = poisoned(reorder_kernels.compact_kept, query_kept, key_kept, key_range)
-    check_equal(reordering, reorder.compact_kept(query_kept, key_kept, key_range))
+    reordering = poisoned(operator.compact_kept, query_kept, key_kept, key_range)
+    check_equal(reordering, reference.compact_kept(query_kept, key_kept, key_range))
     dropped = ~query_kept.gather(-1, reordering.query_order.long())
     assert reordering.key_range.empty[dropped].all()
 
@@ -117,7 +116,7 @@ def test_compact_kept(shape, share, device):
 def test_hash_buckets(n_buckets, dim, dtype, device):
     q, k = strided((2, 4, 131, dim), device, dtype), strided((2, 2, 70, dim), device, dtype).contiguous()
     directions = random_directions(2, dim, n_buckets, device=device)
-    for x, buckets in zip((q, k), poisoned(reorder_kernels.launch_hash, q, k, directions), strict=True):
+    for x, buckets in zip((q, k), poisoned(operator.launch_hash, q, k, directions), strict=True):
         buckets = buckets.long()
         wide = x.double() @ directions.double().repeat_interleave(x.shape[1] // 2, 0)
         projected = torch.cat([wide, -wide], -1)
@@ -130,9 +129,9 @@ def test_of_equals_the_first_is_the_bucket(device):
     directions = torch.eye(8, device=device)[None, :, :4]
     rows = [[0, 0, 0, 0], [1, 1, 0, 0], [-1, 1, 0, 0], [-1, -1, -1, 0], [0, 0, 0, -2], [0, 2, -2, 2], [torch.nan] * 4]
     x = torch.tensor([[row + [9] * 4 for row in rows]], device=device)[None].flatten(1, 2)[:, None].float()
-    buckets, same_buckets = (found[0, 0].tolist() for found in reorder_kernels.launch_hash(x, x, directions))
+    buckets, same_buckets = (found[0, 0].tolist() for found in operator.launch_hash(x, x, directions))
     assert buckets == same_buckets
-    assert buckets[:6] == reorder.hash_buckets(x, directions)[0, 0, :6].tolist() == [0, 0, 1, 4, 7, 1]
+    assert buckets[:6] == reference.hash_buckets(x, directions)[0, 0, :6].tolist() == [0, 0, 1, 4, 7, 1]
     assert 0 <= buckets[6] < 8  # whatever the input, places can be counted
 
 
@@ -178,32 +177,32 @@ def test_rows(shape, dims, dtype, share, device):
     tensors, grads = ([strided(x, device, dtype) for x in shapes] for _ in range(2))
     by = random_reordering(shape, device, share)
     counts = (by.query_count, by.key_count, by.key_count)
-    results = poisoned(inputs_and_gradients, reorder_kernels.reorder_inputs, tensors, grads, by)
+    results = poisoned(inputs_and_gradients, operator.reorder_inputs, tensors, grads, by)
     counting_grads = [counted(x, count) for x, count in zip(grads, counts, strict=True)]
     taken, gradients = (
-        inputs_and_gradients(reorder.reorder_inputs, tensors, counting_grads, by)[part]
+        inputs_and_gradients(reference.reorder_inputs, tensors, counting_grads, by)[part]
         for part in (slice(3), slice(3, 6))
     )
     assert same_bits(results, (*(counted(x, count) for x, count in zip(taken, counts, strict=True)), *gradients))
     assert all(x.is_contiguous() for x in results[:3])
-    assert same_bits(results, inputs_and_gradients(reorder_kernels.reorder_inputs, tensors, grads, by))
+    assert same_bits(results, inputs_and_gradients(operator.reorder_inputs, tensors, grads, by))
 
-    results = poisoned(output_and_gradient, reorder_kernels.restore_output, tensors[0], grads[0], by)
-    out, gradient = output_and_gradient(reorder.restore_output, counted(tensors[0], by.query_count), grads[0], by)
+    results = poisoned(output_and_gradient, operator.restore_output, tensors[0], grads[0], by)
+    out, gradient = output_and_gradient(reference.restore_output, counted(tensors[0], by.query_count), grads[0], by)
     assert same_bits(results, (out, counted(gradient, by.query_count)))
     assert results[0].transpose(1, 2).is_contiguous() and results[1].is_contiguous()
-    assert same_bits(results, output_and_gradient(reorder_kernels.restore_output, tensors[0], grads[0], by))
+    assert same_bits(results, output_and_gradient(operator.restore_output, tensors[0], grads[0], by))
 
 
 def test_restored_is_what_was_taken(device):
     by = random_reordering((2, 4, 2, 63, 65), device)
     q, k, v = strided((2, 4, 63, 16), device), strided((2, 2, 65, 16), device), strided((2, 2, 65, 16), device)
-    assert torch.equal(reorder_kernels.restore_output(reorder_kernels.reorder_inputs(q, k, v, by)[0], by), q)
+    assert torch.equal(operator.restore_output(operator.reorder_inputs(q, k, v, by)[0], by), q)
 
 
 def test_gradient_without_strides(device):
     leaves = [torch.randn(1, 2, 9, 16, device=device, requires_grad=True) for _ in range(3)]
-    sum(x.sum() for x in reorder_kernels.reorder_inputs(*leaves, random_reordering((1, 2, 2, 9, 9), device))).backward()
+    sum(x.sum() for x in operator.reorder_inputs(*leaves, random_reordering((1, 2, 2, 9, 9), device))).backward()
     assert all(torch.equal(x.grad, torch.ones_like(x)) for x in leaves)
 
 
@@ -238,7 +237,7 @@ def test_attention_and_checkpointing(name, device, monkeypatch):
     tensors = [strided((2, heads, 33, 16), device) for heads in (4, 2, 2)]
     grad = strided((2, 4, 33, 16), device)
     expected = out_and_gradients(lambda *x: attend(*x, "reference"), tensors, grad)
-    monkeypatch.setattr(reordered_attention, "choose_implementation", lambda *_: "triton")
+    monkeypatch.setattr(attention, "choose_implementation", lambda *_: "triton")
     results = out_and_gradients(lambda *x: attend(*x, "auto"), tensors, grad)
     for one, other in zip(results, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
@@ -252,7 +251,7 @@ def test_alibi_measures_distances_in_the_text(device, monkeypatch):
     tensors = [strided((2, heads, 33, 16), device) for heads in (4, 2, 2)]
     slopes = torch.rand(4, device=device)
     expected = attend(*tensors, "reference", alibi_slopes=slopes)
-    monkeypatch.setattr(reordered_attention, "choose_implementation", lambda *_: "triton")
+    monkeypatch.setattr(attention, "choose_implementation", lambda *_: "triton")
     torch.testing.assert_close(attend(*tensors, "auto", alibi_slopes=slopes), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -260,7 +259,7 @@ def test_alibi_measures_distances_in_the_text(device, monkeypatch):
 @pytest.mark.parametrize("name", ["hash_sparse", "qk_sparse"])
 def test_gradients_are_laid_out_as_their_tensors(name, apart, device, monkeypatch):
     """Heads one after the other in memory, or beside each other: nobody has to copy a gradient."""
-    monkeypatch.setattr(reordered_attention, "choose_implementation", lambda *_: "triton")
+    monkeypatch.setattr(attention, "choose_implementation", lambda *_: "triton")
     tensors = [torch.randn(2, heads, 33, 16, device=device) for heads in (4, 2, 2)]
     tensors = [
         x if heads_apart else x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -279,7 +278,7 @@ def test_gradients_of_slices_lie_dense(device):
     tensors = [x.transpose(1, 2) for x in together.unbind(2)]
     grads = [torch.randn_like(x) for x in tensors]
     by = random_reordering((1, 2, 2, 9, 9), device)
-    for gradient in inputs_and_gradients(reorder_kernels.reorder_inputs, tensors, grads, by)[3:]:
+    for gradient in inputs_and_gradients(operator.reorder_inputs, tensors, grads, by)[3:]:
         assert gradient.transpose(1, 2).is_contiguous()
 
 
@@ -288,18 +287,18 @@ def test_operators_are_well_formed(device):
     k, v = (torch.randn(2, 1, 7, 16, device=device, requires_grad=True) for _ in range(2))
     by = random_reordering((2, 2, 1, 9, 7), device, 0.6)
     orders_and_counts = (by.query_order, by.key_order, by.query_count, by.key_count)
-    torch.library.opcheck(reorder_kernels._reorder_inputs, (q, k, v, *orders_and_counts))
-    torch.library.opcheck(reorder_kernels._restore_output, (q, by.query_order, by.query_count))
+    torch.library.opcheck(operator._reorder_inputs, (q, k, v, *orders_and_counts))
+    torch.library.opcheck(operator._restore_output, (q, by.query_order, by.query_count))
     q, k, v = q.detach(), k.detach(), v.detach()
     for apart in ([True] * 3, [False, True, False]):
-        torch.library.opcheck(reorder_kernels._reorder_inputs_backward, (q, k, v, *orders_and_counts, apart))
-    torch.library.opcheck(reorder_kernels._restore_output_backward, (q, by.query_order, by.query_count))
+        torch.library.opcheck(operator._reorder_inputs_backward, (q, k, v, *orders_and_counts, apart))
+    torch.library.opcheck(operator._restore_output_backward, (q, by.query_order, by.query_count))
     key_range = KeyRange.causal(9, 7, device=device).expand(2, 2)
     key_range = key_range.start, key_range.stop
     directions = random_directions(1, 16, 4, device=device)
-    torch.library.opcheck(reorder_kernels._sort_by_hash, (q, k, directions, *key_range))
+    torch.library.opcheck(operator._sort_by_hash, (q, k, directions, *key_range))
     kept = torch.rand(2, 2, 9, device=device) > 0.3
-    torch.library.opcheck(reorder_kernels._compact_kept, (kept, kept[:, :1, :7], *key_range))
+    torch.library.opcheck(operator._compact_kept, (kept, kept[:, :1, :7], *key_range))
 
 
 def test_reordering_compiles_to_one_graph(device):
@@ -308,11 +307,11 @@ def test_reordering_compiles_to_one_graph(device):
     key_range = KeyRange.causal(40, device=device).expand(1, 2)
 
     def there_and_back(q, k):
-        by_hash = reorder_kernels.sort_by_hash(q, k, directions, key_range)
-        by_kept = reorder_kernels.compact_kept(kept, kept[:, :1], key_range)
-        taken, keys, values = reorder_kernels.reorder_inputs(q, k, 2 * k, by_hash)
+        by_hash = operator.sort_by_hash(q, k, directions, key_range)
+        by_kept = operator.compact_kept(kept, kept[:, :1], key_range)
+        taken, keys, values = operator.reorder_inputs(q, k, 2 * k, by_hash)
         out = taken * by_hash.key_range.stop[..., None] + keys * values
-        return reorder_kernels.restore_output(out, by_kept)
+        return operator.restore_output(out, by_kept)
 
     tensors = strided((1, 2, 40, 16), device), torch.randn(1, 1, 40, 16, device=device)
     grad = strided((1, 2, 40, 16), device)
@@ -364,7 +363,7 @@ def test_long_sequences(device):
     buckets = torch.randint(0, 32, (2, 12, 65_535), device=device)
     key_range = KeyRange.window(65_535, 5000, device=device).expand(2, 12)
     reordering = sort_by_bucket(buckets, buckets[:, ::3], key_range, 32)
-    check_equal(reordering, reorder.sort_by_bucket(buckets, buckets[:, ::3], key_range))
+    check_equal(reordering, reference.sort_by_bucket(buckets, buckets[:, ::3], key_range))
 
 
 @pytest.mark.gpu
@@ -372,10 +371,8 @@ def test_more_rows_than_one_axis_of_a_grid_holds(device):
     q, k, v = torch.randn(3, 6000, 4, 3, 16, device=device).unbind()
     kept = torch.rand(6000, 4, 3, device=device) > 0.5
     ranges = KeyRange.causal(3, device=device).expand(6000, 4)
-    ours, theirs = (steps.compact_kept(kept, kept, ranges) for steps in (reorder_kernels, reorder))
+    ours, theirs = (steps.compact_kept(kept, kept, ranges) for steps in (operator, reference))
     assert torch.equal(ours.query_order.long(), theirs.query_order.long())
-    for x, y in zip(
-        reorder_kernels.reorder_inputs(q, k, v, ours), reorder.reorder_inputs(q, k, v, theirs), strict=True
-    ):
+    for x, y in zip(operator.reorder_inputs(q, k, v, ours), reference.reorder_inputs(q, k, v, theirs), strict=True):
         seen = torch.arange(3, device=device) < ours.query_count[..., None]
         assert torch.equal(x[seen], y[seen])

@@ -3,7 +3,7 @@
 Both keep the order of the text among the keys that belong together, so that the keys of a bucket (or the kept keys)
 before a place a in the text are a prefix, and any KeyRange [a, b) of the text becomes a range of the new order.
 
-Here in torch for any device; `reorder_kernels` has what attention calls of this as kernels, with the same meaning.
+Here in torch for any device; operator.py has what attention calls of this as kernels, with the same meaning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .key_range import KeyRange
+from ..key_range import KeyRange
 
 
 class Reordering(NamedTuple):

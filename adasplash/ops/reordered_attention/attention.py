@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reorder
-from .attend import attend
-from .checks import check_attention_inputs, resolve_alpha, resolve_key_range, resolve_scale
-from .implementation import choose_implementation
-from .key_range import KeyRange
-from .reorder import Reordering
+from ..attend import attend
+from ..checks import check_attention_inputs, resolve_alpha, resolve_key_range, resolve_scale
+from ..implementation import choose_implementation
+from ..key_range import KeyRange
+from . import reference
+from .reference import Reordering
 
 
 def _steps(q: Tensor, k: Tensor, implementation: str):
-    """The module whose functions reorder: `reorder`, or `reorder_kernels` where kernels are chosen for q."""
+    """The module whose functions reorder: `reference`, or `operator` where kernels are chosen for q."""
     chosen = choose_implementation(implementation, q.device, q.dtype, q.shape[-1])
     if chosen == "reference" or q.numel() == 0 or k.shape[2] == 0:
-        return reorder
-    from . import reorder_kernels  # here, so that the package needs no triton where no kernel runs
+        return reference
+    from . import operator  # here, so that the package needs no triton where no kernel runs
 
-    return reorder_kernels
+    return operator
 
 
 def _attend_reordered(q, k, v, reordering: Reordering, *, alpha, scale, alibi_slopes, implementation) -> Tensor:
