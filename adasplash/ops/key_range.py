@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class TileBounds(NamedTuple):
     """For each block of queries the keys that any row sees, and those that every row sees; int32 (B, H, blocks).
@@ -34,20 +36,21 @@ class KeyRange:
         stop: one past the last visible key, same shape. A range with stop <= start is empty: such a query outputs 0.
 
     Raises:
-        ValueError: if the shapes differ or are not three-dimensional, or if the tensors are not of an integer type.
+        ValueError: if start and stop are not tensors of an integer type, or not of one three-dimensional shape.
     """
 
     start: Tensor
     stop: Tensor
 
     def __post_init__(self):
+        for bound in (self.start, self.stop):
+            if _dtype(bound) not in INTEGERS:
+                raise ValueError(f"KeyRange expects start and stop as integer tensors, got {_dtype(bound)}.")
         if self.start.ndim != 3 or self.start.shape != self.stop.shape:
             raise ValueError(
                 "KeyRange expects start and stop of one shape (B or 1, H or 1, Tq), "
                 f"got {tuple(self.start.shape)} and {tuple(self.stop.shape)}."
             )
-        if self.start.is_floating_point() or self.stop.is_floating_point():
-            raise ValueError(f"KeyRange expects integer tensors, got {self.start.dtype} and {self.stop.dtype}.")
         object.__setattr__(self, "start", self.start.to(torch.int32))
         object.__setattr__(self, "stop", self.stop.to(torch.int32))
 
@@ -72,16 +75,16 @@ class KeyRange:
         """[first, last + 1) of the kept keys of each sample; pads may stand on the left, on the right or on both sides.
 
         Args:
-            keep: (B, Tk), bool or 0/1, the usual `attention_mask`. The kept keys of a sample must be contiguous;
-                this is not checked here, since it would wait for the GPU (`check_padding` does).
+            keep: (B, Tk), bool or integers 0 and 1, the usual `attention_mask`. The kept keys of a sample must be
+                contiguous; this is not checked here, since it would wait for the GPU (`check_padding` does).
             query_length: Tq; by default Tk.
 
         Raises:
-            ValueError: if keep is not two-dimensional.
+            ValueError: if keep is not two-dimensional, or of a floating type, in which 0 may mean "keep".
         """
+        keep = _bool_mask(keep)
         if keep.ndim != 2:
             raise ValueError(f"Expected a padding mask of shape (batch, keys), got {tuple(keep.shape)}.")
-        keep = keep.to(torch.bool)
         key_length = keep.shape[-1]
         place = torch.arange(key_length, device=keep.device, dtype=torch.int32)
         start = torch.where(keep, place, key_length).amin(-1)  # (B,)
@@ -94,11 +97,14 @@ class KeyRange:
         """[document start, document end) for packed sequences.
 
         Args:
-            position_ids: (B or 1, T); a new document starts wherever a position does not follow the one before it.
+            position_ids: (B or 1, T), integers; a new document starts wherever a position does not follow the one
+                before it.
 
         Raises:
-            ValueError: if position_ids is not two-dimensional.
+            ValueError: if position_ids is not a two-dimensional tensor of integers.
         """
+        if _dtype(position_ids) not in INTEGERS:
+            raise ValueError(f"Expected position_ids as an integer tensor, got {_dtype(position_ids)}.")
         if position_ids.ndim != 2:
             raise ValueError(f"Expected position_ids of shape (batch or 1, length), got {tuple(position_ids.shape)}.")
         length = position_ids.shape[-1]
@@ -128,7 +134,9 @@ class KeyRange:
     # ------------------------------------------------------------------------------------------------ operations
 
     def __and__(self, other: KeyRange) -> KeyRange:
-        """Keys that both ranges allow. Raises ValueError unless both are of as many queries."""
+        """Keys that both ranges allow. Raises ValueError unless other is a KeyRange of as many queries."""
+        if not isinstance(other, KeyRange):
+            raise ValueError(f"Expected a KeyRange on both sides of &, got {type(other).__name__}.")
         if self.query_length != other.query_length:
             raise ValueError(
                 f"Expected two ranges of as many queries, got {self.query_length} and {other.query_length}."
@@ -176,9 +184,24 @@ class KeyRange:
         )
 
 
+def _dtype(x: object) -> torch.dtype | str:
+    """Of a tensor; of anything else the name of its type."""
+    return x.dtype if isinstance(x, Tensor) else type(x).__name__
+
+
+def _bool_mask(keep: Tensor) -> Tensor:
+    """A padding mask as bool. Raises ValueError for floats: in a mask that is added to scores, 0 means "keep"."""
+    if _dtype(keep) not in (torch.bool, *INTEGERS):
+        raise ValueError(
+            f"Expected a padding mask of bools or integers, 1 where a key is kept, got {_dtype(keep)}; "
+            "give mask == 0 for a mask that is added to scores, mask.bool() for one of 0.0 and 1.0."
+        )
+    return keep.to(torch.bool)
+
+
 def check_padding(keep: Tensor) -> None:
     """Raises ValueError if the kept keys of a sample are not contiguous: one range cannot describe such a mask."""
-    keep = keep.to(torch.bool)
+    keep = _bool_mask(keep)
     if keep.shape[-1] < 2:
         return
     runs = keep[:, :1].int() + (keep[:, 1:] & ~keep[:, :-1]).sum(-1, keepdim=True)

@@ -9,6 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adasplash.ops.range_attention as range_attention_module
 from adasplash import KeyRange, entmax_attention, hash_sparse_attention, qk_sparse_attention, softmax_attention
+from adasplash.ops.checks import (
+    check_attention_inputs,
+    resolve_alpha,
+    resolve_kept,
+    resolve_key_range,
+    resolve_scale,
+)
 from adasplash.ops.reordered_attention import random_directions
 from adasplash.ops.reordered_attention.reference import hash_buckets
 
@@ -311,7 +318,7 @@ def test_no_keys_and_no_queries():
 
 def test_errors():
     q, k, v = inputs((2, 4, 2, 5, 7, 4), torch.float32)
-    directions = random_directions(2, 4, 4)
+    directions, elsewhere = random_directions(2, 4, 4), torch.ones(4, device="meta")
     cases = [
         (lambda: softmax_attention(q[0], k, v), r"q of shape \(batch, heads, length, dim\)"),
         (lambda: softmax_attention(q.long(), k, v), "floating point q"),
@@ -320,9 +327,26 @@ def test_errors():
         (lambda: softmax_attention(q, k[..., 1:], v), "dim 4 as q has"),
         (lambda: softmax_attention(q[:, :3], k, v), "3 query and 2 key heads"),
         (lambda: softmax_attention(q, k, v, alibi_slopes=torch.ones(3)), r"alibi_slopes of shape \(4,\) or \(2, 4\)"),
+        (lambda: softmax_attention(q, k, v.tolist()), "v as a tensor, got list"),
+        (lambda: softmax_attention(q, k, v, alibi_slopes=[0.5] * 4), "alibi_slopes as a tensor, got list"),
+        (lambda: softmax_attention(q, k, v, alibi_slopes=elsewhere), "alibi_slopes on cpu as q is, got meta"),
         (lambda: softmax_attention(q, k, v, key_range=KeyRange.causal(4, 7)), "key_range of shape"),
+        (lambda: softmax_attention(q, k, v, key_range=q > 0), "KeyRange or None, got Tensor; make one by KeyRange.pad"),
+        (lambda: softmax_attention(q, k, v, key_range=(0, 5)), "KeyRange or None, got tuple"),
+        (lambda: softmax_attention(q, k, v, key_range="causal"), "KeyRange or None, got str"),
+        (lambda: softmax_attention(q, k, v, scale=-1.0), "a positive scale, got -1.0"),
+        (lambda: softmax_attention(q, k, v, scale="1"), "scale as a number, got str"),
+        (lambda: softmax_attention(q, k, v, scale=torch.tensor(1.0)), "got a tensor; multiply q by it"),
         (lambda: entmax_attention(q, k, v, alpha=3), "1 <= alpha <= 2"),
         (lambda: entmax_attention(q, k, v, alpha=torch.full((3,), 1.5)), r"shape \(4,\), one per head"),
+        (lambda: entmax_attention(q, k, v, alpha="1.5"), "alpha as a number or a tensor, got str"),
+        (lambda: entmax_attention(q, k, v, alpha=None), "alpha as a number or a tensor, got NoneType"),
+        (lambda: entmax_attention(q, k, v, alpha=[1.5] * 4), "alpha as a number or a tensor, got list"),
+        (lambda: entmax_attention(q, k, v, alpha=torch.tensor(2)), "floating point alpha, got torch.int64"),
+        (lambda: entmax_attention(q, k, v, alpha=elsewhere), "alpha on cpu as q is, got meta"),
+        (lambda: hash_sparse_attention(q, k, v, directions=8), "directions as a tensor, got int"),
+        (lambda: hash_sparse_attention(q, k, v, directions=directions.long()), "floating point, got .* torch.int64"),
+        (lambda: hash_sparse_attention(q, k, v, directions=directions.to("meta")), "directions on cpu as q is"),
         (lambda: hash_sparse_attention(q, k, v, directions=directions[:1]), r"directions of shape \(2, 4,"),
         (
             lambda: hash_sparse_attention(q, k, v, directions=directions, causal=False, attend_self=False),
@@ -330,12 +354,28 @@ def test_errors():
         ),
         (lambda: hash_sparse_attention(q, k, v, directions=directions, shared_qk=True), "use_cache=False in generate"),
         (lambda: qk_sparse_attention(q, k, v, query_kept=torch.ones(2, 4, 5)), "query_kept bool"),
+        (lambda: qk_sparse_attention(q, k, v, query_kept=[True]), "query_kept as a tensor, got list"),
         (lambda: qk_sparse_attention(q, k, v, key_kept=torch.ones(2, 4, 7).bool()), r"key_kept bool \(2, 2, 7\)"),
         (lambda: random_directions(2, 4, 5), "even n_buckets"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_checks_stay_inside_one_graph():
+    """Everything up to the operators: checks of kinds and devices must not break a graph, nor a number make many."""
+
+    def checked(q, kept, alpha, scale):
+        check_attention_inputs(q, q, q, q[:, 0, 0, 0])
+        visible = resolve_key_range(q, q, KeyRange.window(5, 3), True)
+        scores = resolve_scale(q, scale) * resolve_alpha(q, alpha) * q + resolve_kept("kept", kept, q)[..., None]
+        return scores + visible.start[..., None]
+
+    q, kept = torch.randn(3, 3, 5, 4), torch.rand(3, 3, 5) > 0.5
+    compiled = torch.compile(checked, fullgraph=True, backend="aot_eager")
+    for alpha in (1.5, 1.25, 2, torch.tensor(1.5), torch.full((3,), 1.5)):
+        torch.testing.assert_close(compiled(q, kept, alpha, 0.5), checked(q, kept, alpha, 0.5))
 
 
 @pytest.mark.parametrize("obstacle", ["head dim", "ALiBi slopes"])

@@ -67,7 +67,7 @@ def test_window(query_length, key_length, width):
 
 @pytest.mark.parametrize("length", [1, 2, 63, 65])
 @pytest.mark.parametrize("query_length", [1, 5, None])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
 def test_padding(length, query_length, dtype):
     keep = padding_masks(length)
     key_range = KeyRange.padding(keep.to(dtype), query_length)
@@ -155,15 +155,25 @@ def test_resolve_clamps_to_the_keys_there_are():
 
 def test_errors():
     three = torch.zeros(1, 1, 3, dtype=torch.int32)
-    for start, stop in ((three, three[..., :2]), (three[0], three[0]), (three.float(), three)):
+    wrong = [(three, three[..., :2]), (three[0], three[0]), (three.float(), three), (three, three.bool()), (three, [3])]
+    for start, stop in wrong:
         with pytest.raises(ValueError, match="KeyRange expects"):
             KeyRange(start, stop)
     with pytest.raises(ValueError, match="as many queries, got 3 and 1"):
         KeyRange.causal(3) & KeyRange.causal(1)
+    with pytest.raises(ValueError, match="KeyRange on both sides of &, got NoneType"):
+        KeyRange.causal(3) & None
     with pytest.raises(ValueError, match="width of at least 1, got 0"):
         KeyRange.window(3, 0)
     with pytest.raises(ValueError, match="padding mask of shape"):
-        KeyRange.padding(torch.ones(3))
+        KeyRange.padding(torch.ones(3, dtype=torch.bool))
+    added_to_scores = torch.tensor([[0.0, 0.0, -torch.inf]])
+    for keep, came in ((added_to_scores, "torch.float32; give mask == 0"), ([[1, 1, 0]], "list")):
+        for function in (KeyRange.padding, check_padding):
+            with pytest.raises(ValueError, match=f"mask of bools or integers, 1 where a key is kept, got {came}"):
+                function(keep)
+    with pytest.raises(ValueError, match="position_ids as an integer tensor, got torch.float32"):
+        KeyRange.documents(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="position_ids of shape"):
         KeyRange.documents(torch.arange(3))
     q = torch.zeros(2, 3, 5, 4)

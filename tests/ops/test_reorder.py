@@ -147,3 +147,9 @@ def test_keep_mask(score, per_head):
 def test_keep_mask_error():
     with pytest.raises(ValueError, match="Unknown score 'nrom'"):
         keep_mask(torch.ones(1, 1, 2, 2), 0.5, score="nrom")
+    with pytest.raises(ValueError, match=r"x of shape \(batch, heads, length, dim\), got \(2, 2\)"):
+        keep_mask(torch.ones(2, 2), 0.5)
+    for score in ("random", "norm"):
+        for drop in (1.0, -0.1, float("nan"), "half"):
+            with pytest.raises(ValueError, match=f"0 <= drop < 1, got {drop}"):
+                keep_mask(torch.ones(1, 1, 2, 2), drop, score=score)

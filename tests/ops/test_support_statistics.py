@@ -29,8 +29,8 @@ def test_counts(shape, alpha, scores_at_once, monkeypatch):
     batch, heads, groups, query_length, key_length = shape
     q = 4 * torch.randn(batch, heads, query_length, 8, dtype=torch.float64)
     k = torch.randn(batch, groups, key_length, 8, dtype=torch.float64)
-    keep = torch.ones(batch, key_length)
-    keep[0, :30] = 0
+    keep = torch.ones(batch, key_length, dtype=torch.bool)
+    keep[0, :30] = False
     key_range = KeyRange.causal(query_length, key_length) & KeyRange.padding(keep, query_length)
     key_range = (key_range & KeyRange.window(query_length, 100, key_length)).expand(batch, heads)
     mask = key_range.dense_mask(key_length)

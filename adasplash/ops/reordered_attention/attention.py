@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from ..attend import attend
-from ..checks import check_attention_inputs, resolve_alpha, resolve_key_range, resolve_scale
+from ..checks import (
+    check_attention_inputs,
+    check_choice,
+    check_directions,
+    check_tensor,
+    resolve_alpha,
+    resolve_kept,
+    resolve_key_range,
+    resolve_scale,
+)
 from ..implementation import choose_implementation
 from ..key_range import KeyRange
 from . import reference
@@ -63,11 +74,7 @@ def hash_reordering(q, k, directions, key_range, *, causal, attend_self, impleme
         query_length, key_length = q.shape[2], k.shape[2]
         before = torch.arange(query_length, device=q.device, dtype=torch.int32) + (key_length - query_length)
         visible = KeyRange(visible.start, torch.minimum(visible.stop, before.clamp(min=0)))
-    if directions.ndim != 3 or directions.shape[:2] != (k.shape[1], q.shape[-1]):
-        raise ValueError(
-            f"Expected directions of shape ({k.shape[1]}, {q.shape[-1]}, n_buckets / 2), one set per key head, "
-            f"got {tuple(directions.shape)}."
-        )
+    check_directions(q, k, directions)
     return _steps(q, k, implementation).sort_by_hash(q, k, directions, visible)
 
 
@@ -126,22 +133,35 @@ def hash_sparse_attention(
 
 
 def keep_mask(x: Tensor, drop: float, *, score: str = "random", per_head: bool = True) -> Tensor:
-    """Which rows of x (B, H, T, D) stay when a share `drop` goes; bool (B, H, T).
+    """Which queries or keys stay for `qk_sparse_attention` (Pagliardini et al. 2023, arXiv 2306.01160, section 3.1).
 
-    score "random": each row stays with probability 1 - drop, independently. score "norm": the share `drop` of rows with
-    the smallest norm goes. per_head False: one decision for all heads.
+    Args:
+        x: queries or keys (B, H, T, D).
+        drop: share of the rows that goes, 0 <= drop < 1.
+        score: random | norm. random keeps each row with probability 1 - drop, independently, by torch's random
+            generator; norm drops the share `drop` of the smallest norm. The choice by norm looks at the whole sequence,
+            and so does not keep the future from the past: a training device.
+        per_head: each head decides for itself; else one decision for all.
 
-    The choice by norm looks at the whole sequence, and so does not keep the future from the past: a training device.
+    Returns:
+        bool (B, H, T), True where a row stays.
+
+    Raises:
+        ValueError: for an x of another shape, a drop outside [0, 1), or an unknown score.
     """
+    check_choice("score", score, ("random", "norm"))
+    check_tensor("x", x)
+    if x.ndim != 4:
+        raise ValueError(f"Expected x of shape (batch, heads, length, dim), got {tuple(x.shape)}.")
+    if not isinstance(drop, Real) or not 0.0 <= drop < 1.0:
+        raise ValueError(f"Expected drop as a number, 0 <= drop < 1, got {drop}.")
     if score == "random":
         shape = x.shape[:3] if per_head else (x.shape[0], 1, x.shape[2])
         kept = torch.rand(shape, device=x.device) >= drop
-    elif score == "norm":
+    else:
         norm = x.detach().float().norm(dim=-1)
         norm = norm if per_head else norm.mean(1, keepdim=True)
         kept = norm.argsort(dim=-1, stable=True).argsort(-1) >= round(drop * x.shape[2])
-    else:
-        raise ValueError(f"Unknown score '{score}' for dropping; expected random or norm.")
     return kept.expand(x.shape[:3])
 
 
@@ -173,12 +193,7 @@ def qk_sparse_attention(
         ValueError: if arguments do not fit.
     """
     check_attention_inputs(q, k, v, alibi_slopes)
-    masks = []
-    for name, kept, x in (("query_kept", query_kept, q), ("key_kept", key_kept, k)):
-        kept = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if kept is None else kept
-        if kept.shape != x.shape[:3] or kept.dtype != torch.bool:
-            raise ValueError(f"Expected {name} bool {tuple(x.shape[:3])}, got {kept.dtype} {tuple(kept.shape)}.")
-        masks.append(kept)
+    masks = resolve_kept("query_kept", query_kept, q), resolve_kept("key_kept", key_kept, k)
     return _attend_reordered(
         q,
         k,
