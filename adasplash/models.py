@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from .attention import Options, backend_options
+from .attention import AttentionBackend, Options, backend_options
 from .attention.huggingface import SUBMODULE, attention_backends, configured_backend, patch_attention, register
 from .ops.announce import announce
 from .ops.checks import nearest
@@ -315,10 +315,35 @@ def training_flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
     return 6.0 * weights + 6.0 * config.num_hidden_layers * seq_len * config.hidden_size
 
 
+def backends_of(model: nn.Module) -> list[AttentionBackend]:
+    """The backends on a model's attention layers, first layer first. Raises ValueError where it has none."""
+    if not (backends := attention_backends(model)):
+        raise ValueError(
+            f"Expected a model with a backend on its attention layers, got a {type(model).__name__} without; "
+            "adasplash.patch_attention(model) gives it one."
+        )
+    return backends
+
+
 @torch.no_grad()
-def attention_statistics(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None):
-    """Exact density and support of every layer on these tokens (B, T): list of SupportStatistics, first layer first."""
-    backends = attention_backends(model)
+def attention_statistics(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None
+) -> list[SupportStatistics]:
+    """Exact density and support of every layer on a text, first layer first.
+
+    The model runs as it stands: `qk_sparse` drops in training mode only.
+
+    Args:
+        model: with a backend on its attention layers.
+        input_ids: int64 (B, T), on the model's device; position_ids: likewise, where they mark packed documents.
+
+    Returns:
+        For each layer the density, mean and largest support and share of queries in tile mode of each head, float32 (H,).
+
+    Raises:
+        ValueError: for a model without backends.
+    """
+    backends = backends_of(model)
     for backend in backends:
         backend.recorded = []
     try:
@@ -336,6 +361,7 @@ __all__ = [
     "ModelConfig",
     "Options",
     "attention_statistics",
+    "backends_of",
     "build_model",
     "check_length",
     "export",

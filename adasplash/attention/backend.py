@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -121,8 +122,11 @@ class AttentionBackend(nn.Module):
         return chosen
 
     @torch.no_grad()
-    def statistics(self, q, k, *, key_range=None, causal=True, scale=None) -> SupportStatistics:
-        """Exact density and support of this layer on these inputs, per head; the meaning of `forward`, counted."""
+    def statistics(self, q, k, *, key_range=None, causal=True, scale=None, count: Callable = support_statistics):
+        """What `count` makes of this layer on these inputs, by default exact density and support per head.
+
+        count: called with the arguments of `support_statistics`, which mean what `forward` computes.
+        """
         visible = resolve_key_range(q, k, key_range, causal)
         tiles = visible_tiles(visible, k.shape[2])
         places = {}
@@ -135,7 +139,7 @@ class AttentionBackend(nn.Module):
         if isinstance(alpha, Tensor) and alpha.ndim:
             alpha = alpha.view(1, -1, 1, 1)
         scale = resolve_scale(q, scale)
-        return support_statistics(
+        return count(
             q,
             k,
             visible,

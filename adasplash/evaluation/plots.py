@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..ops.support_map import SupportMap
+
 # Everywhere the same colour for the same attention; from Okabe and Ito's palette, told apart by all eyes.
 COLOURS = {
     "softmax": "#7f7f7f",
@@ -56,25 +58,34 @@ def style_axes(axes) -> None:
     axes.set_axisbelow(True)
 
 
-def draw_support(path: Path, counts: Any, size: int, *, queries: int = 0, keys: int = 0) -> Path:
-    """The support of a head as a PNG: what `support_map` returns, for a window that begins at these queries and keys.
+def plot_support(support: SupportMap, path: str | Path, *, title: str = "") -> Path:
+    """The support of a head, as `support_map` counts it, written to `path` (.png, .svg, .pdf); returns the path.
 
     Cells without a supported pair stay white; single keys are black, tiles the darker the more pairs they hold.
     """
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LogNorm, Normalize
 
     figure, axes = new_axes(6.0, 5.4)
     axes.grid(False)
-    rows, columns = counts.shape
-    shown = counts.float().cpu().numpy()
-    extent = (keys, keys + columns * size, queries + rows * size, queries)
-    norm = LogNorm(vmin=0.5, vmax=max(2.0, shown.max())) if size > 1 else None
-    shown = shown if size == 1 else shown.clip(min=0.5)
-    image = axes.imshow(shown, cmap="Greys", norm=norm, extent=extent, interpolation="nearest", aspect="auto")
-    axes.set_xlabel("key")
-    axes.set_ylabel("query")
+    size, (top, bottom), (left, right) = support.size, support.queries, support.keys
+    shown = support.counts.float().cpu().numpy()
+    rows, columns = shown.shape
+    # limits of our own: matplotlib's, from the smallest to the largest, draw a window of nothing but support white
+    norm = Normalize(0, 1) if size == 1 else LogNorm(0.5, max(2.0, shown.max()))
+    image = axes.imshow(
+        shown if size == 1 else shown.clip(min=0.5),
+        cmap="Greys",
+        norm=norm,
+        extent=(left, left + columns * size, top + rows * size, top),
+        interpolation="nearest",
+        aspect="auto",
+    )
+    axes.set(xlim=(left, right), ylim=(bottom, top), xlabel="key", ylabel="query")
+    axes.set_title(title, loc="left", fontsize=11)
     if size > 1:
         figure.colorbar(image, label=f"supported pairs in {size} x {size}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,12 @@ TILE = 64
 
 
 class SupportStatistics(NamedTuple):
-    """float32 (H,) each.
+    """How sparse each head of a layer is, float32 (H,) each; counted over a batch, exactly.
 
-    density: share of the visible 64 x 64 tiles that hold a pair with weight.
+    density: share of the visible 64 x 64 tiles that hold a pair with weight, 0 to 1.
     support: keys with weight per query, on average.
     largest: the largest support of a query.
-    tile_mode: share of the queries that the kernels compute on whole tiles; 0 where no kernel runs.
+    tile_mode: share of the queries, 0 to 1, that the kernels compute on whole tiles; 0 where no kernel runs.
     """
 
     density: Tensor
@@ -47,55 +48,36 @@ def visible_tiles(key_range: KeyRange, key_length: int) -> Tensor:
     return (last - first).clamp(min=0).sum((0, 2))
 
 
-@torch.no_grad()
-def support_map(
+def weighted_pairs(
     q: Tensor,
     k: Tensor,
     key_range: KeyRange,
     *,
-    alpha: float,
+    alpha: float | Tensor,
     scale: float,
-    queries: tuple[int, int] | None = None,
-    keys: tuple[int, int] | None = None,
-    cells: int = 512,
-) -> tuple[Tensor, int]:
-    """The exact support of one head as a picture's pixels; plain torch, in row chunks.
+    alibi_slopes: Tensor | None,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    tile: int = 1,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Which pairs get weight, in blocks of rows: (first query, first key, bool (B, H, rows, keys)); arguments as `attend`.
 
-    Args:
-        q: (Tq, D); k: (Tk, D).
-        key_range: ranges (1, 1, Tq).
-        queries, keys: half-open windows to look at, by default everything.
-        cells: the picture has at most so many rows and columns.
-
-    Returns:
-        Pairs with weight in each cell (rows, columns), int64, and how many queries, and keys, a cell stands for: 1 where
-        the window is small enough to show single keys.
-
-    Raises:
-        ValueError: if a window is empty or reaches outside.
+    All keys that a block leaves out have none. First keys, and queries, are multiples of `tile`.
     """
-    windows = []
-    for name, window, length in (("queries", queries, q.shape[0]), ("keys", keys, k.shape[0])):
-        begin, end = window or (0, length)
-        if not 0 <= begin < end <= length:
-            raise ValueError(f"Expected {name} as a window inside 0..{length}, got {begin}..{end}.")
-        windows.append((begin, end))
-    (top, bottom), (left, right) = windows
-    size = -(-max(bottom - top, right - left) // cells)
-    counts = torch.zeros(-(-(bottom - top) // size), -(-(right - left) // size), dtype=torch.int64, device=q.device)
-    q, k = q[None, None, top:bottom], k[None, None]
-    visible = key_range.rows(top, bottom)
-    for begin, end, first, last in row_chunks(q, k, visible):
-        ranges = visible.rows(begin, end)
+    for begin, end, first, last in row_chunks(q, k, key_range, tile):
         with torch.autocast(q.device.type, enabled=False):
-            rows = (q[:, :, begin:end], k[:, :, first:last], ranges.start, ranges.stop, scale, None, None, None, first)
-            weighted = entmax(chunk_scores(*rows), alpha)[0, 0] > 0
-        row, key = weighted.nonzero(as_tuple=True)
-        key = key + first
-        seen = (key >= left) & (key < right)
-        cell = (row[seen] + begin) // size * counts.shape[1] + (key[seen] - left) // size
-        counts += torch.bincount(cell, minlength=counts.numel()).view_as(counts)
-    return counts, size
+            scores = chunk_scores(
+                q[:, :, begin:end],
+                k[:, :, first:last],
+                key_range.start[..., begin:end],
+                key_range.stop[..., begin:end],
+                scale,
+                alibi_slopes,
+                query_positions[..., begin:end],
+                key_positions[..., first:last],
+                first,
+            )
+        yield begin, first, entmax(scores, alpha) > 0
 
 
 @torch.no_grad()
@@ -119,30 +101,18 @@ def support_statistics(
     batch, heads, query_length, _ = q.shape
     if query_positions is None:
         query_positions, key_positions = text_positions(q, k)
+    how = {"alpha": alpha, "scale": scale, "alibi_slopes": alibi_slopes, "tile": TILE}
+    how |= {"query_positions": query_positions, "key_positions": key_positions}
     tiles = visible_tiles(key_range, k.shape[2]) if tiles is None else tiles
     chosen = choose_implementation(implementation, q.device, q.dtype, q.shape[-1])
     if chosen == "triton" and (isinstance(alpha, Tensor) or alpha > 1.0):
         from .entmax_attention.statistics import count_support
 
-        places = {"query_positions": query_positions, "key_positions": key_positions, "alibi_slopes": alibi_slopes}
-        found, active, tile_mode = count_support(q, k, key_range, tile=TILE, alpha=alpha, scale=scale, **places)
+        found, active, tile_mode = count_support(q, k, key_range, **how)
         density = active.sum((0, 2)) / tiles.clamp(min=1)
         return SupportStatistics(density, found.float().mean((0, 2)), found.amax((0, 2)).float(), tile_mode)
     active, support, largest = torch.zeros(3, heads, device=q.device).unbind()
-    for begin, end, first, last in row_chunks(q, k, key_range, tile=TILE):
-        with torch.autocast(q.device.type, enabled=False):
-            scores = chunk_scores(
-                q[:, :, begin:end],
-                k[:, :, first:last],
-                key_range.start[..., begin:end],
-                key_range.stop[..., begin:end],
-                scale,
-                alibi_slopes,
-                query_positions[..., begin:end],
-                key_positions[..., first:last],
-                first,
-            )
-        weighted = entmax(scores, alpha) > 0
+    for _, _, weighted in weighted_pairs(q, k, key_range, **how):
         found = weighted.sum(-1)  # (B, H, rows)
         support += found.sum((0, 2))
         largest = torch.maximum(largest, found.amax((0, 2)))

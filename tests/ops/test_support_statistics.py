@@ -6,7 +6,7 @@ from dense_attention import dense_probabilities
 
 import adasplash.ops.range_attention as range_attention_module
 from adasplash import KeyRange
-from adasplash.ops.support_statistics import TILE, support_map, support_statistics
+from adasplash.ops.support_statistics import TILE, support_statistics
 
 
 def tiles(mask):
@@ -80,25 +80,6 @@ def test_kernels_count_what_the_reference_counts(alpha):
         ).to(active),
     )
     assert (tile_mode == 0).all()
-
-
-@pytest.mark.parametrize("cells, size", [(100, 1), (20, 4)])
-def test_support_map(cells, size, tmp_path):
-    from adasplash.evaluation.plots import draw_support
-
-    q, k = 4 * torch.randn(90, 8), torch.randn(90, 8)
-    key_range = KeyRange.causal(90)
-    counts, found_size = support_map(q, k, key_range, alpha=1.5, scale=1.0, queries=(10, 90), keys=(5, 85), cells=cells)
-    weighted = (
-        dense_probabilities(q[None, None], k[None, None], key_range.dense_mask(90), alpha=1.5, scale=1.0)[0, 0] > 0
-    )
-    cut = weighted[10:90, 5:85]
-    expected = cut.view(80 // size, size, 80 // size, size).sum((1, 3))
-    assert found_size == size
-    assert torch.equal(counts, expected)
-    assert draw_support(tmp_path / "support.png", counts, size, queries=10, keys=5).stat().st_size > 1000
-    with pytest.raises(ValueError, match="Expected queries as a window inside 0..90, got 10..100"):
-        support_map(q, k, key_range, alpha=1.5, scale=1.0, queries=(10, 100))
 
 
 def test_density_notices_empty_tiles():

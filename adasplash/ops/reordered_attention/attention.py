@@ -53,7 +53,18 @@ def _attend_reordered(q, k, v, reordering: Reordering, *, alpha, scale, alibi_sl
 
 
 def random_directions(heads: int, dim: int, n_buckets: int, *, device=None) -> Tensor:
-    """Unit directions (heads, D, n_buckets / 2) from torch's random generator. Raises ValueError for odd n_buckets."""
+    """The random hash of `hash_sparse_attention` (Pagliardini et al. 2023, arXiv 2306.01160, section 3.2).
+
+    Args:
+        heads, dim: number of key heads G, and their dimension D.
+        n_buckets: even; about 1 / n_buckets of the pairs remain.
+
+    Returns:
+        Unit directions, float32 (G, D, n_buckets / 2), from torch's random generator.
+
+    Raises:
+        ValueError: for an odd n_buckets, or one below 2.
+    """
     if n_buckets < 2 or n_buckets % 2:
         raise ValueError(f"Expected an even n_buckets of at least 2, got {n_buckets}.")
     return torch.nn.functional.normalize(torch.randn(heads, dim, n_buckets // 2, device=device), dim=1)
