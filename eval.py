@@ -5,6 +5,7 @@ Hydra composes configs/eval.yaml with the command line; results land in results.
 """
 
 import functools
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from adasplash.attention.huggingface import attention_backends
 from adasplash.data import DataConfig, TokenizerConfig, build_tokenizer, keep_documents_apart, prepare
 from adasplash.evaluation import (
     measure_perplexity,
+    measure_sparsity,
     measure_throughput,
     merge_results,
     plot_perplexity_by_position,
@@ -32,7 +34,7 @@ from adasplash.training.config import AttentionConfig
 from adasplash.training.hardware import device_name
 
 CONFIGS = Path(__file__).parent / "configs"
-EVALUATIONS = ("perplexity", "throughput")
+EVALUATIONS = ("perplexity", "sparsity", "throughput")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class EvaluateConfig:
     """What to evaluate: a run (run_dir), or an untrained model.
 
     Args:
-        evals: of perplexity, throughput.
+        evals: of perplexity, sparsity (of attention, by layer and head), throughput.
         seq_lens: lengths to measure; by default the run's own, or 8192 and 16384.
         stride: of the perplexity windows; by default disjoint windows.
         max_tokens: of the validation text; by default all of it.
@@ -50,7 +52,7 @@ class EvaluateConfig:
     """
 
     run_dir: str | None = None
-    evals: list[str] = field(default_factory=lambda: list(EVALUATIONS))
+    evals: list[str] = field(default_factory=lambda: ["perplexity", "throughput"])
     seq_lens: list[int] | None = None
     stride: int | None = None
     max_tokens: int | None = None
@@ -72,8 +74,8 @@ class EvaluateConfig:
         check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
         if (self.run_dir is None) == (self.model is None):
             raise ValueError("Expected either run_dir=FOLDER of a trained run, or model=NAME for an untrained one.")
-        if self.run_dir is None and "perplexity" in self.evals:
-            raise ValueError("An untrained model has no perplexity worth measuring; use evals=[throughput].")
+        if self.run_dir is None and set(self.evals) - {"throughput"}:
+            raise ValueError("An untrained model has nothing but throughput worth measuring; use evals=[throughput].")
         if any(length < 1 for length in self.seq_lens or []):
             raise ValueError(f"Expected seq_lens of at least 1, got {self.seq_lens}.")
 
@@ -156,18 +158,21 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     }
     rows, failures = [], []
     batch_size = {length: max(1, (config.batch_tokens or length) // length) for length in seq_lens}
-    if "perplexity" in config.evals:
+    if on_text := [name for name in ("perplexity", "sparsity") if name in config.evals]:
         encoder = build_tokenizer(tokenizer)
         text = prepare(data, encoder).validation
         apart = None if data.cross_document else functools.partial(keep_documents_apart, end_token=encoder.end_token)
         where = {"data": data.path or data.name or data.source, "cross_document": data.cross_document}
-        for length in seq_lens:
-            how = {"stride": config.stride, "max_tokens": config.max_tokens, "batch_size": batch_size[length]}
-            how["keep_documents_apart"] = apart
+        for what, length in itertools.product(on_text, seq_lens):
+            how = {"seq_len": length, "device": device, "autocast": autocast, "keep_documents_apart": apart}
             try:
-                measured = measure_perplexity(model, text, seq_len=length, device=device, autocast=autocast, **how)
+                if what == "sparsity":
+                    measured = measure_sparsity(model, text, **how)
+                else:
+                    how |= {"stride": config.stride, "max_tokens": config.max_tokens, "batch_size": batch_size[length]}
+                    measured = measure_perplexity(model, text, **how)
             except ValueError as error:
-                failures.append(f"perplexity at {length}: {error}")
+                failures.append(f"{what} at {length}: {error}")
                 continue
             rows.append(result_row(measured, **facts, **where))
     if "throughput" in config.evals:

@@ -80,9 +80,10 @@ def test_a_run_and_its_evaluation(whole, run):
     rows = json.loads((whole / "results.json").read_text())
     assert [(row["evaluation"], row["seq_len"]) for row in rows[:2]] == [("perplexity", 16), ("perplexity", 32)]
     assert len(rows) == 6 and not rows[0]["cross_document"]  # as the run was trained
-    code, said = run(*EVALUATE, "run_dir=whole", "evals=[perplexity]", "data.cross_document=true")
+    code, said = run(*EVALUATE, "run_dir=whole", "evals=[perplexity,sparsity]", "data.cross_document=true")
     assert code == 0, said
     rows = json.loads((whole / "results.json").read_text())
+    assert [row["evaluation"] for row in rows[-2:]] == ["perplexity", "sparsity"] and "keys per query" in said
     assert rows[-1]["cross_document"] and rows[-1]["data"] == "texts"  # all else is the run's own
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..files import write_atomically
 from .perplexity import Perplexity
+from .sparsity import Sparsity
 from .tables import TextTable, text_table
 from .throughput import Throughput
 
@@ -42,6 +43,12 @@ COLUMNS = {
         "perplexity": "perplexity",
         "bits_per_byte": "bits/byte",
     },
+    "sparsity": {
+        "density": "density",
+        "support": "keys per query",
+        "largest_support": "at most",
+        "tile_mode": "in tile mode",
+    },
     "throughput": {
         "batch_size": "batch",
         "pass": "pass",
@@ -55,10 +62,11 @@ COLUMNS = {
     },
 }
 ALWAYS = ("attention", "seq_len", "loss", "perplexity", "bits_per_byte", "tokens_per_s", "ms", "memory_gib")
+ALWAYS += ("density", "support", "largest_support")
 
 
 def result_row(
-    measured: Perplexity | Throughput,
+    measured: Perplexity | Sparsity | Throughput,
     *,
     model: str,
     attention: str,
