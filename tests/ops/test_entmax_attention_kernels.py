@@ -49,8 +49,8 @@ def take(road: str, monkeypatch):
 
     def checked(in_tiles):
         if road != "both":
-            assert in_tiles.all() if road == "tiles" else not in_tiles.any(), "another road was taken"
-        elif in_tiles.shape[1] > 1:
+            assert in_tiles.any() == (road == "tiles"), "another road was taken"
+        elif in_tiles.shape[1] > 1:  # a lone block has but one road
             assert is_mixed(in_tiles), "one road was taken by all"
         return list_blocks(in_tiles)
 
@@ -59,20 +59,21 @@ def take(road: str, monkeypatch):
         *arguments, _ = prepare(*args, **kwargs)
         if operator.KEYS_PER_QUERY == room:
             monkeypatch.setattr(operator, "_list_blocks", list_blocks)
-            rooms = (2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
+            rooms = (3, 6, 12, 24) if DEVICE == "cpu" else (2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
             mixed = (n for n in rooms if is_mixed(operator.entmax_attention_forward(*arguments, n)[6]))
             monkeypatch.setattr(operator, "KEYS_PER_QUERY", next(mixed, room))
             monkeypatch.setattr(operator, "_list_blocks", checked)
         return *arguments, operator.KEYS_PER_QUERY
 
     monkeypatch.setattr(operator, "_list_blocks", checked)
-    if road == "both" and DEVICE == "cuda":
+    if road == "both":
         monkeypatch.setattr(operator, "operator_arguments", with_room_for_some)
 
 
 def inputs(batch, heads, groups, query_length, key_length, dim, dtype=torch.float32, sharpness=2.0) -> list[Tensor]:
-    """q, k, v and a gradient for the output, strided as transformers hands them over."""
-    q = sharpness * torch.randn(batch, query_length, heads, dim, device=DEVICE)
+    """q, k, v and a gradient for the output, strided as transformers hands them over; supports shrink along the text."""
+    growing = torch.linspace(0.5, 1.5, query_length, device=DEVICE)[:, None, None] if query_length > 1 else 1.0
+    q = sharpness * growing * torch.randn(batch, query_length, heads, dim, device=DEVICE)
     k, v = torch.randn(2, batch, key_length, groups, dim, device=DEVICE).unbind()
     d_out = torch.randn(batch, heads, query_length, dim, device=DEVICE)
     return [x.to(dtype) for x in (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), d_out)]
@@ -198,7 +199,7 @@ def test_gradient_of_an_alpha_near_one_in_tile_mode(monkeypatch):
 
 @pytest.mark.parametrize("slope", [None, 0.125])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("road", ["lists", "tiles", "both"])
+@pytest.mark.parametrize("road", ["lists", "tiles"])
 def test_what_is_not_finite_shows(road, dtype, slope, monkeypatch):
     """NaN in a query or a key comes out as NaN wherever it is seen, and nowhere else: training has to notice it."""
     take(road, monkeypatch)
@@ -221,7 +222,7 @@ def test_what_is_not_finite_shows(road, dtype, slope, monkeypatch):
     torch.testing.assert_close(out[~broken], whole[~broken])
 
 
-@pytest.mark.parametrize("road", ["lists", "tiles", "both", "sinks"])
+@pytest.mark.parametrize("road", ["lists", "tiles", "sinks"])
 def test_gradients_of_rows_that_are_not_finite(road, monkeypatch):
     """They are NaN or nothing, but not numbers that look right."""
     take(road, monkeypatch)
@@ -396,7 +397,9 @@ def test_lengths_and_groups(length, heads):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("alpha", [1.01, 1.25, 1.5, 1.75, 2.0, "learned"])
-def test_alphas(alpha, road):
+@pytest.mark.parametrize("road", ROADS)
+def test_alphas(alpha, road, monkeypatch):
+    take("tiles" if alpha == 1.01 else road, monkeypatch)  # at 1.01 supports are far too large for lists
     if alpha == "learned":
         alpha = torch.tensor([1.3, 1.6], device=DEVICE)
     compare(*inputs(1, 2, 1, 1023, 1023, 64, torch.bfloat16, sharpness=4.0), alpha=alpha)
