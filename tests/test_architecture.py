@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "adasplash"
-LAYERS = ("ops", "attention", "models", "evaluation", "training")  # a part imports those before it, and itself
+LAYERS = ("ops", "typed", "attention", "models", "evaluation", "training")  # a part imports those before it, and itself
 
 
 def sources(folder: Path) -> list[Path]:

@@ -1,8 +1,11 @@
 """Which attention: the backends by name."""
 
-from ..ops.checks import check_choice
+import dataclasses
+
+from ..ops.checks import check_choice, nearest
+from ..typed import from_mapping
 from .adasplash import AdaSplash
-from .backend import AttentionBackend, Options, parse_options
+from .backend import AttentionBackend, Options
 from .flash import Flash
 from .hash_sparse import HashSparse
 from .qk_sparse import QKSparse
@@ -16,6 +19,23 @@ __all__ = ["BACKENDS", "AttentionBackend", "Options", "backend_options"]
 
 
 def backend_options(name: str, values: dict | None = None) -> Options:
-    """The options of the backend `name`. Raises ValueError for unknown names and options, with the valid and nearest."""
+    """The options of the backend `name`, from a plain mapping.
+
+    Raises:
+        ValueError: for unknown names and options (with the valid, the nearest, and whose they are) or a value of another
+            type.
+    """
     check_choice("attention", name, BACKENDS)
-    return parse_options(BACKENDS[name], values or {})
+    fields = _option_names(name)
+    for key in values or {}:
+        if key not in fields:
+            owners = ", ".join(other for other in BACKENDS if key in _option_names(other))
+            hint = f" It belongs to attention={owners}." if owners else nearest(key, fields)
+            raise ValueError(
+                f"Unknown option '{key}' for attention={name}; expected {', '.join(sorted(fields))}.{hint}"
+            )
+    return from_mapping(BACKENDS[name].Options, values or {})
+
+
+def _option_names(name: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(BACKENDS[name].Options)}

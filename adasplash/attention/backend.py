@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.announce import announce
-from ..ops.checks import check_choice, nearest, resolve_key_range, resolve_scale
+from ..ops.checks import check_choice, resolve_key_range, resolve_scale
 from ..ops.implementation import IMPLEMENTATIONS, choose_implementation, why_no_kernels
 from ..ops.key_range import KeyRange
 from ..ops.reordered_attention.reference import Reordering, take_rows
@@ -153,15 +152,3 @@ class AttentionBackend(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}, {self.options}"
-
-
-def parse_options(backend: type[AttentionBackend], values: dict) -> Options:
-    """The backend's options from a plain mapping. Raises ValueError naming an unknown key, the valid and the nearest."""
-    fields = {field.name for field in dataclasses.fields(backend.Options)}
-    for key in values:
-        if key not in fields:
-            raise ValueError(
-                f"Unknown option '{key}' for attention={backend.name}; expected {', '.join(sorted(fields))}."
-                f"{nearest(key, fields)}"
-            )
-    return backend.Options(**values)

@@ -1,6 +1,7 @@
 """A training run: its configuration, its loop, what it writes."""
 
-from .config import TrainConfig, check_overrides, from_mapping, groups_of
+from ..typed import from_mapping
+from .config import TrainConfig, check_overrides, groups_of
 from .loop import TrainingDiverged, train
 from .run_folder import read_config, read_summary
 

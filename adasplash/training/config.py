@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,17 @@ class AttentionConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        backend_options(self.name, self.options)
+        parsed = backend_options(self.name, self.options)
+        # as their types say, so that alpha=2 and alpha=2.0 are one experiment
+        object.__setattr__(self, "options", {key: getattr(parsed, key) for key in self.options})
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> AttentionConfig:
+        """From {"name": ..., **options}, the form it has in configuration files."""
+        options = dict(values)
+        if options and "name" not in options:
+            raise ValueError(f"attention.{next(iter(options))} belongs to a backend; name it too: attention=NAME.")
+        return cls(options.pop("name", cls.name), options)
 
 
 @dataclass(frozen=True)
@@ -156,54 +165,6 @@ class TrainConfig:
         values["data"].pop("cache_dir", None)
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
         return f"{self.model.name}-{self.attention.name}-{self.seq_len}-{digest}"
-
-
-def attention_config(values: dict[str, Any]) -> AttentionConfig:
-    """From {"name": ..., **options}, the form it has in configuration files."""
-    options = dict(values)
-    if options and "name" not in options:
-        raise ValueError(f"attention.{next(iter(options))} belongs to a backend; name it too: attention=NAME.")
-    return AttentionConfig(options.pop("name", AttentionConfig.name), options)
-
-
-def from_mapping(cls: type, values: dict[str, Any], where: str = "") -> Any:
-    """A dataclass from a nested plain mapping, every key and type checked.
-
-    Raises:
-        ValueError: for an unknown key (with the nearest valid one) or a value of another type.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        if key not in fields:
-            raise ValueError(f"Unknown configuration key '{where}{key}'.{nearest(key, fields)}")
-    return cls(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if hint is AttentionConfig:
-        return attention_config(value or {})
-    if dataclasses.is_dataclass(hint):
-        return from_mapping(hint, value or {}, where + ".")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
-        return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
-    if origin is list and isinstance(value, list | tuple):
-        return [_convert(arguments[0], v, where) for v in value]
-    if origin is dict and isinstance(value, dict):
-        return dict(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():  # 1e6
-        return int(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    expected = getattr(hint, "__name__", str(hint))
-    raise ValueError(f"Expected {where} of type {expected}, got {value!r}.")
 
 
 def valid_keys(cls: type, prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from ..files import write_atomically
-from .config import TrainConfig, from_mapping
+from ..typed import from_mapping
+from .config import TrainConfig
 
 ROOT = Path("runs")
 

@@ -1,8 +1,10 @@
 """The backends by name, their options, and what they do with their state; on tensors alone, without transformers."""
 
 import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from dense_attention import dense_attention, dense_probabilities
@@ -49,7 +51,17 @@ def test_registry():
     [
         ("hash_spars", {}, "Unknown attention 'hash_spars'; expected one of softmax, .*Did you mean 'hash_sparse'"),
         ("adasplash", {"alhpa": 1.5}, "Unknown option 'alhpa' for attention=adasplash.*Did you mean 'alpha'"),
-        ("flash", {"alpha": 1.5}, "Unknown option 'alpha' for attention=flash; expected alibi, implementation"),
+        (
+            "flash",
+            {"alpha": 1.5},
+            "'alpha' for attention=flash; expected alibi, implementation. It belongs to attention=adasplash, hash_sparse,",
+        ),
+        ("adasplash", {"alpha": "abc"}, "Expected alpha of type float, got 'abc'"),
+        ("adasplash", {"alpha": None}, "Expected alpha of type float, got None"),
+        ("adasplash", {"alpha": [1.2, 1.3]}, "Expected alpha of type float, got \\[1.2, 1.3"),
+        ("adasplash", {"learn_alpha": "no"}, "Expected learn_alpha of type bool \\(true or false\\), got 'no'"),
+        ("hash_sparse", {"n_buckets": 16.5}, "Expected n_buckets of type int, got 16.5"),
+        ("qk_sparse", {"drop": "half"}, "Expected drop of type float, got 'half'"),
         ("flash", {"implementation": "trition"}, "Did you mean 'triton'"),
         ("softmax", {"alibi": "alibis"}, "Did you mean 'alibi'"),
         ("adasplash", {"alpha": 1.0}, "1 < alpha <= 2.*for softmax use attention=flash"),
@@ -72,6 +84,15 @@ def test_registry():
 def test_option_errors(name, options, message):
     with pytest.raises(ValueError, match=message):
         backend_options(name, options)
+
+
+def test_options_are_plain_values_of_their_types():
+    """Those of numpy and torch, too: the options are written as JSON and as YAML."""
+    for number in (16.0, np.int64(16), torch.tensor(16)):
+        assert type(backend_options("hash_sparse", {"n_buckets": number}).n_buckets) is int
+    options = backend_options("adasplash", {"alpha": np.float32(1.25), "learn_alpha": np.bool_(True)})
+    assert (options.alpha, options.learn_alpha) == (1.25, True)
+    assert json.dumps(dataclasses.asdict(options))
 
 
 def test_triton_says_why_not():

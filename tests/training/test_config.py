@@ -23,6 +23,11 @@ GROUPS = groups_of(ROOT / "configs")
         ({"attention": {"name": "adasplash", "alhpa": 1.5}}, "Did you mean 'alpha'"),
         ({"attention": {"name": "adasplash", "alpha": 3.0}}, "1 < alpha <= 2"),
         ({"attention": {"alpha": 1.25}}, "name it too: attention=NAME"),
+        (
+            {"attention": {"name": "adasplash", "learn_alpha": "no"}},
+            "learn_alpha of type bool (true or false), got 'no'",
+        ),
+        ({"attention": "flash"}, "Expected attention of type AttentionConfig, got 'flash'"),
         ({"wandb": "yes"}, "off, offline, online"),
         ({"seq_len": 48, "batch_tokens": 100}, "nearest is batch_tokens=96"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep of at least 1"),
@@ -82,6 +87,8 @@ def test_run_name_follows_the_experiment_and_nothing_else():
     same = dataclasses.replace(config, wandb="offline", run_dir="elsewhere", resume="never", log_every=1)
     assert same.run_name() == config.run_name()
     assert dataclasses.replace(config, seed=1).run_name() != config.run_name()
+    whole, fraction = (from_mapping(TrainConfig, {"attention": {"name": "adasplash", "alpha": a}}) for a in (2, 2.0))
+    assert whole.run_name() == fraction.run_name()
 
 
 def test_every_configuration_file_composes_into_a_typed_one():
