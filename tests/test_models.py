@@ -183,6 +183,15 @@ def test_another_backend_or_option_on_load(tmp_path):
         adasplash.from_pretrained(tmp_path, buckets=8)
 
 
+def test_an_export_with_an_alpha_that_never_did_anything_loads(tmp_path):
+    model, ids = unsettle(build("hash_sparse", options={"n_buckets": 4})), tokens()
+    export(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[CONFIG_FIELD]["alpha"] = 1.5  # as older exports have it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(adasplash.from_pretrained(tmp_path).eval(), ids), logits(model, ids))
+
+
 def test_options_rule_over_what_the_checkpoint_happens_to_hold(tmp_path):
     export(build("adasplash", options={"alpha": 1.25, "alibi": "alibi"}), tmp_path)
     backend = attention_backends(adasplash.from_pretrained(tmp_path, alpha=1.75, alibi="nape"))[0]

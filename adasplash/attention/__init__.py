@@ -15,7 +15,7 @@ BACKENDS: dict[str, type[AttentionBackend]] = {
     backend.name: backend for backend in (Softmax, Flash, AdaSplash, HashSparse, QKSparse)
 }
 
-__all__ = ["BACKENDS", "AttentionBackend", "Options", "backend_options"]
+__all__ = ["BACKENDS", "AttentionBackend", "Options", "backend_options", "without_idle_alpha"]
 
 
 def backend_options(name: str, values: dict | None = None) -> Options:
@@ -39,3 +39,10 @@ def backend_options(name: str, values: dict | None = None) -> Options:
 
 def _option_names(name: str) -> set[str]:
     return {field.name for field in dataclasses.fields(BACKENDS[name].Options)}
+
+
+def without_idle_alpha(stored: dict) -> dict:
+    """{"name": ..., **options} of a file, less an alpha beside softmax: older ones have it, and it never did anything."""
+    has_normaliser = stored.get("name") in BACKENDS and "normaliser" in _option_names(stored["name"])
+    idle = has_normaliser and stored.get("normaliser", "softmax") == "softmax"
+    return {key: value for key, value in stored.items() if not (idle and key == "alpha")}

@@ -49,21 +49,30 @@ class NormaliserOptions(Options):
 
     Args:
         normaliser: softmax | entmax.
-        alpha: of entmax, 1 < alpha <= 2.
+        alpha: of entmax, 1 < alpha <= 2; by default 1.5.
     """
 
     normaliser: str = "softmax"
-    alpha: float = 1.5
+    alpha: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("normaliser", self.normaliser, NORMALISERS)
+        if self.alpha is None:
+            return
+        if self.normaliser != "entmax":
+            raise ValueError(
+                f"alpha = {self.alpha:g} needs normaliser=entmax, got normaliser={self.normaliser}; for softmax leave "
+                "alpha out (alpha=null)."
+            )
         if not 1.0 < self.alpha <= 2.0:
             raise ValueError(f"Expected 1 < alpha <= 2, got alpha = {self.alpha:g}.")
 
     @property
     def normaliser_alpha(self):
-        return self.alpha if self.normaliser == "entmax" else 1.0
+        if self.normaliser == "softmax":
+            return 1.0
+        return 1.5 if self.alpha is None else self.alpha
 
 
 class AttentionBackend(nn.Module):

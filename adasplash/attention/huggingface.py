@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function
 
 from ..ops.key_range import KeyRange, check_padding
-from . import BACKENDS, backend_options
+from . import BACKENDS, backend_options, without_idle_alpha
 from .backend import AttentionBackend, Options
 
 NAME = "adasplash"
@@ -231,7 +231,7 @@ def _default_backend(module: nn.Module, query: Tensor, key: Tensor) -> Attention
 
 def configured_backend(config) -> tuple[str, Options] | None:
     """Name and options that a transformers configuration carries, or None."""
-    values = dict(getattr(config, CONFIG_FIELD, None) or {})
+    values = without_idle_alpha(getattr(config, CONFIG_FIELD, None) or {})
     return (name, backend_options(name, values)) if (name := values.pop("name", None)) else None
 
 

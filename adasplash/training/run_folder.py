@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..attention import without_idle_alpha
 from ..files import write_atomically
 from ..typed import from_mapping
 from .config import TrainConfig
@@ -31,7 +32,8 @@ def read_config(folder: Path) -> TrainConfig:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"'{folder}' is no run folder: expected a config.yaml in it, as train.py writes.")
-    return from_mapping(TrainConfig, yaml.safe_load(path.read_text()))
+    values = yaml.safe_load(path.read_text())
+    return from_mapping(TrainConfig, values | {"attention": without_idle_alpha(values.get("attention", {}))})
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

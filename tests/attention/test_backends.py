@@ -12,7 +12,7 @@ from dense_attention import dense_attention, dense_probabilities
 import adasplash.attention.flash as flash
 import adasplash.ops.range_attention as range_attention_module
 from adasplash import KeyRange, entmax_attention
-from adasplash.attention import BACKENDS, backend_options
+from adasplash.attention import BACKENDS, backend_options, without_idle_alpha
 from adasplash.attention.alibi import alibi_slopes
 from adasplash.ops.reordered_attention.reference import hash_buckets
 
@@ -76,6 +76,11 @@ def test_registry():
         ("hash_sparse", {"n_buckets": 0}, "even n_buckets"),
         ("hash_sparse", {"normaliser": "entmx"}, "Did you mean 'entmax'"),
         ("qk_sparse", {"alpha": 1.0, "normaliser": "entmax"}, "1 < alpha <= 2"),
+        (
+            "hash_sparse",
+            {"alpha": 1.25},
+            "alpha = 1.25 needs normaliser=entmax, got normaliser=softmax; .*leave alpha out",
+        ),
         ("qk_sparse", {"drop": 1.0}, "0 <= drop < 1, got 1"),
         ("qk_sparse", {"drop_keys": -0.1}, "0 <= drop_keys < 1"),
         ("qk_sparse", {"score": "normal"}, "Did you mean 'norm'"),
@@ -93,6 +98,24 @@ def test_options_are_plain_values_of_their_types():
     options = backend_options("adasplash", {"alpha": np.float32(1.25), "learn_alpha": np.bool_(True)})
     assert (options.alpha, options.learn_alpha) == (1.25, True)
     assert json.dumps(dataclasses.asdict(options))
+
+
+@pytest.mark.parametrize("name", ["hash_sparse", "qk_sparse"])
+def test_alpha_belongs_to_entmax(name):
+    alphas = [
+        ({}, 1.0),
+        ({"alpha": None}, 1.0),
+        ({"normaliser": "entmax"}, 1.5),
+        ({"normaliser": "entmax", "alpha": 1.25}, 1.25),
+    ]
+    assert [backend_options(name, options).normaliser_alpha for options, _ in alphas] == [alpha for _, alpha in alphas]
+
+
+def test_an_alpha_that_was_stored_beside_softmax_is_left_out():
+    stored = {"name": "hash_sparse", "alpha": 1.25, "n_buckets": 4}
+    assert without_idle_alpha(stored) == {"name": "hash_sparse", "n_buckets": 4}
+    for used in ({"name": "adasplash", "alpha": 1.25}, stored | {"normaliser": "entmax"}, {}):
+        assert without_idle_alpha(used) == used
 
 
 def test_triton_says_why_not():

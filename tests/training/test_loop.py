@@ -100,6 +100,13 @@ def test_finished_runs_are_not_run_again_and_never_starts_beside(tiny, tmp_path,
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_with_an_alpha_that_never_did_anything_goes_on(tiny, tmp_path):
+    train(tiny(attention={"name": "qk_sparse"}, steps=1))
+    stored = tmp_path / "run" / "config.yaml"
+    stored.write_text(stored.read_text().replace("name: qk_sparse\n", "name: qk_sparse\n  alpha: 1.25\n"))
+    assert train(tiny(attention={"name": "qk_sparse"}, steps=2))["step"] == 2
+
+
 def test_a_folder_of_another_run_is_refused(tiny):
     train(tiny(steps=1))
     with pytest.raises(ValueError, match="started with seed = 0, now it is 1"):
