@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from .attention import AttentionBackend, Options, backend_options
+from .attention import AttentionBackend, Options
 from .attention.huggingface import SUBMODULE, attention_backends, configured_backend, patch_attention, register
 from .ops.announce import announce
 from .ops.checks import nearest
@@ -163,7 +163,7 @@ def from_pretrained(
     attention = attention or saved_name
     if saved is not None and attention == saved_name:
         patch_attention(model, attention, **vars(saved) | options)
-        _load_backend_state(model, path, complete=backend_options(attention, vars(saved) | options) == saved)
+        _load_backend_state(model, path, saved)
     else:
         patch_attention(model, attention, **options)
     return model
@@ -201,10 +201,11 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_backend_state(model: PreTrainedModel, path: str | Path, complete: bool) -> None:
+def _load_backend_state(model: PreTrainedModel, path: str | Path, saved: Options) -> None:
     """Fills the backends' state from the checkpoint's safetensors files.
 
-    complete: all of it has to be there; else what options that are new need starts fresh.
+    saved: the options that it was written with. With these all of the state has to be there; what options that are new
+        need starts fresh.
     """
     folder = Path(path) if Path(path).is_dir() else Path(cached_file(str(path), "config.json")).parent
     stored: dict[str, Tensor] = {}
@@ -216,11 +217,11 @@ def _load_backend_state(model: PreTrainedModel, path: str | Path, complete: bool
         prefix = names[backend]
         found = {name: stored[f"{prefix}.{name}"] for name in backend.state_names() if f"{prefix}.{name}" in stored}
         if missing := [f"{prefix}.{name}" for name in backend.state_names() if name not in found]:
-            if complete:
+            if backend.options == saved:
                 raise ValueError(f"The attention's own weights are missing at '{path}', for example '{missing[0]}'.")
             announce(f"'{missing[0]}' is not in '{path}' and starts fresh.")
         try:
-            backend.load_state_dict(found, strict=False)
+            backend.restore(found, saved)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise ValueError(

@@ -198,6 +198,25 @@ def test_options_rule_over_what_the_checkpoint_happens_to_hold(tmp_path):
     assert backend.alpha == 1.75 and backend.current_alpha() == 1.75 and backend.slopes[1] == 0
 
 
+def test_another_alpha_than_the_scheduled_one_is_had_at_once(tmp_path):
+    model, ids = unsettle(build("adasplash", options={"alpha_start": 1.1, "alpha_steps": 10})), tokens()
+    export(model, tmp_path)  # at step 7
+    changed = adasplash.from_pretrained(tmp_path, alpha=1.9).eval()
+    assert [backend.current_alpha() for backend in attention_backends(changed)] == [1.9, 1.9]
+    fixed = adasplash.from_pretrained(tmp_path, alpha=1.9, alpha_start=None, alpha_steps=0).eval()
+    assert torch.equal(logits(changed, ids), logits(fixed, ids))
+
+
+def test_another_alpha_than_the_learned_ones_needs_a_word(tmp_path):
+    export(unsettle(build("adasplash", options={"learn_alpha": True, "alpha": 1.4})), tmp_path)
+    with pytest.raises(ValueError, match="alpha = 1.9 would change nothing.*alpha=1.4, or add learn_alpha=false"):
+        adasplash.from_pretrained(tmp_path, alpha=1.9)
+    changed = adasplash.from_pretrained(tmp_path, alpha=1.9, learn_alpha=False)
+    assert [backend.current_alpha() for backend in attention_backends(changed)] == [1.9, 1.9]
+    kept = attention_backends(adasplash.from_pretrained(tmp_path, alpha=1.4))[0]
+    assert kept.current_alpha().unique().numel() == 2
+
+
 def test_a_state_that_new_options_need_starts_fresh_and_says_so(tmp_path, caplog):
     export(build("adasplash"), tmp_path)
     model = adasplash.from_pretrained(tmp_path, learn_alpha=True)
@@ -270,7 +289,7 @@ def test_a_model_of_the_hub_brings_its_state(tmp_path, monkeypatch):
     export(model, tmp_path)
     monkeypatch.setattr(models, "cached_file", lambda name, file: str(tmp_path / file))
     other = build("hash_sparse")
-    models._load_backend_state(other, "somebody/some-model", complete=True)
+    models._load_backend_state(other, "somebody/some-model", attention_backends(other)[0].options)
     assert torch.equal(attention_backends(other)[1].directions, attention_backends(model)[1].directions)
 
 

@@ -71,6 +71,19 @@ class AdaSplash(AttentionBackend):
             return ("alpha_logit",)
         return () if self.options.alpha_start is None else ("alpha",)
 
+    def restore(self, stored, saved):
+        if stored and self.options.alpha != saved.alpha:
+            if self.options.learn_alpha:
+                raise ValueError(
+                    f"alpha = {self.options.alpha:g} would change nothing: the checkpoint brings an alpha per head, "
+                    f"learned from {saved.alpha:g} on. Keep those with alpha={saved.alpha:g}, or add learn_alpha=false "
+                    "for one alpha everywhere."
+                )
+            # the stored alpha is of a schedule with another end: this one has come to the alpha that is asked for
+            self.set_step(self.options.alpha_steps)
+        else:
+            super().restore(stored, saved)
+
     def set_step(self, step):
         options = self.options
         if options.alpha_start is not None:

@@ -118,6 +118,13 @@ class AttentionBackend(nn.Module):
         """Names of the parameters and buffers that the options do not determine: a checkpoint has to bring them."""
         return ()
 
+    def restore(self, stored: dict[str, Tensor], saved: Options) -> None:
+        """Takes over the state that a checkpoint holds, by `state_names`, of a backend with the options `saved`.
+
+        Raises ValueError where these options leave no place for it.
+        """
+        self.load_state_dict(stored, strict=False)
+
     def set_step(self, step: int) -> None:
         """Tells the training step, for options that follow a schedule."""
 
