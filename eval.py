@@ -29,8 +29,8 @@ from adasplash.evaluation import (
 from adasplash.models import ModelConfig, build_model, from_pretrained
 from adasplash.ops.checks import check_choice
 from adasplash.training import TrainConfig, check_overrides, from_mapping, groups_of, read_config
-from adasplash.training.checkpoint import newest, restore_training_state
-from adasplash.training.config import AttentionConfig
+from adasplash.training.checkpoint import load, newest, training_state
+from adasplash.training.config import AttentionConfig, check_counts
 from adasplash.training.hardware import device_name
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -76,17 +76,20 @@ class EvaluateConfig:
             raise ValueError("Expected either run_dir=FOLDER of a trained run, or model=NAME for an untrained one.")
         if self.run_dir is None and set(self.evals) - {"throughput"}:
             raise ValueError("An untrained model has nothing but throughput worth measuring; use evals=[throughput].")
+        check_counts(self, "stride", "max_tokens", "batch_tokens", "repeats")
         if any(length < 1 for length in self.seq_lens or []):
             raise ValueError(f"Expected seq_lens of at least 1, got {self.seq_lens}.")
 
 
 def with_the_runs_own(values: dict) -> dict:
     """Single options of attention, data or tokenizer change the run's own; one that is chosen by name replaces it."""
-    chosen_by = {"attention": "name", "data": "source", "tokenizer": "kind"}
-    changed = [key for key, chosen in chosen_by.items() if values.get(key) and chosen not in values[key]]
-    if not (changed and values["run_dir"]):
+    if not values["run_dir"]:
         return values
     run = read_config(Path(values["run_dir"])).to_mapping()
+    chosen_by = {"attention": "name", "data": "source", "tokenizer": "kind"}
+    changed = [key for key, chosen in chosen_by.items() if values.get(key) and chosen not in values[key]]
+    if values.get("attention") and values["attention"].get("name") == run["attention"]["name"]:
+        changed.append("attention")  # a checkpoint's own backend keeps its options, as `from_pretrained` has it
     return values | {key: run[key] | values[key] for key in changed}
 
 
@@ -106,7 +109,9 @@ def trained_model(run_dir: Path, run: TrainConfig, attention: AttentionConfig | 
     how = {"vocab_size": tokenizer.vocab_size, "end_token": tokenizer.end_token, "seq_len": run.seq_len}
     model = build_model(run.model, attention=run.attention.name, options=run.attention.options, **how)
     print(f"The run has not ended; its newest checkpoint is evaluated: {checkpoint}")
-    restore_training_state(model, [], checkpoint)
+    step = load(checkpoint, training_state(model, []), part="model/")["step"]
+    for backend in attention_backends(model):
+        backend.set_step(step)
     return model
 
 
@@ -142,8 +147,6 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         how = {"vocab_size": vocab_size, "end_token": vocab_size - 1, "seq_len": max(seq_lens)}
         model = build_model(config.model, attention=attention.name, options=attention.options, **how)
     model.to(device)
-    for backend in attention_backends(model):
-        backend.set_step(10**9)  # schedules are over
     if compiled:
         model.base_model.compile(dynamic=False)
 
@@ -156,7 +159,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         "dtype": precision,
         "compile": compiled,
     }
-    rows, failures = [], []
+    rows, failures = [], {}  # failures: what is wrong, and where
     batch_size = {length: max(1, (config.batch_tokens or length) // length) for length in seq_lens}
     if on_text := [name for name in ("perplexity", "sparsity") if name in config.evals]:
         encoder = build_tokenizer(tokenizer)
@@ -172,7 +175,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
                     how |= {"stride": config.stride, "max_tokens": config.max_tokens, "batch_size": batch_size[length]}
                     measured = measure_perplexity(model, text, **how)
             except ValueError as error:
-                failures.append(f"{what} at {length}: {error}")
+                failures.setdefault(str(error), []).append(f"{what} at {length}")
                 continue
             rows.append(result_row(measured, **facts, **where))
     if "throughput" in config.evals:
@@ -183,7 +186,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
                 try:
                     rows.append(result_row(measure_throughput(model, seq_len=length, **how), **facts))
                 except ValueError as error:
-                    failures.append(f"throughput at {length}: {error}")
+                    failures.setdefault(str(error), []).append(f"throughput at {length}")
                     break
     if rows:
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +196,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         if plot := plot_perplexity_by_position(merged, folder / "plots" / "perplexity_by_position.png"):
             print(f"         {plot}")
     if failures:
-        raise ValueError("\n".join(failures))
+        raise ValueError("\n".join(f"{', '.join(where)}: {what}" for what, where in failures.items()))
     return rows
 
 

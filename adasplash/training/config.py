@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,14 @@ from ..data import DataConfig, TokenizerConfig
 from ..models import ModelConfig
 from ..ops.checks import check_choice, nearest
 from .optimizer import OptimConfig
+
+
+def check_counts(config: Any, *names: str) -> None:
+    """Raises ValueError for a number below 1 among the (dotted) names of a configuration; None is no number yet."""
+    for name in names:
+        value = operator.attrgetter(name)(config)
+        if value is not None and value < 1:
+            raise ValueError(f"Expected {name} of at least 1, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -110,14 +119,8 @@ class TrainConfig:
         check_choice("device", self.device.split(":")[0], ("auto", "cpu", "cuda"))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
         check_choice("wandb", self.wandb, ("off", "offline", "online"))
-        positive = ("seq_len", "steps", "batch_tokens", "micro_batch_tokens", "log_every", "max_nonfinite")
-        positive += ("checkpoint.every", "checkpoint.keep", "eval.every", "eval.tokens")
-        for name in positive:
-            value = self
-            for part in name.split("."):
-                value = getattr(value, part)
-            if value is not None and value < 1:
-                raise ValueError(f"Expected {name} of at least 1, got {value}.")
+        check_counts(self, "seq_len", "steps", "batch_tokens", "micro_batch_tokens", "log_every", "max_nonfinite")
+        check_counts(self, "checkpoint.every", "checkpoint.keep", "eval.every", "eval.tokens")
         if self.seq_len and self.batch_tokens and self.batch_tokens % self.seq_len:
             near = max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len
             raise ValueError(

@@ -194,6 +194,11 @@ class _Run:
             f"{self.config.steps} steps of {self.config.batch_tokens:,} tokens in sequences of {self.config.seq_len:,}, "
             f"{self.config.precision} on {self.ranks.world_size} x {device_name(self.ranks.device)} -> {self.folder}"
         )
+        if (needed := self.config.attention.options.get("alpha_steps", 0)) > self.config.steps:
+            self.log.print(
+                f"attention.alpha_steps = {needed} is more than steps = {self.config.steps}: the run ends before its "
+                "alpha has come to attention.alpha."
+            )
         if newest is not None:
             self.log.print(f"Resuming at step {self.step} from {newest}")
 
@@ -272,11 +277,11 @@ class _Run:
             )
 
     def _evaluate(self) -> None:
+        for backend in self.backends:
+            backend.set_step(self.step)
         row = self.validation.measure(self.model)
         # counting takes as long as two forward passes, and before the first step there is nothing to learn from it
         if self.step and self.config.attention.name in SPARSE:
-            for backend in self.backends:
-                backend.set_step(self.step)
             metrics, self.density = self.validation.density(self.model)
             row |= metrics
         self.log.log(self.step, row)

@@ -1,0 +1,85 @@
+"""eval.py on runs: which model it evaluates, and under which name."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hydra")
+
+from adasplash.attention.huggingface import attention_backends
+from adasplash.training import from_mapping, train
+
+SCHEDULE = {"name": "adasplash", "alpha": 1.5, "alpha_start": 1.1, "alpha_steps": 12}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("eval_script", Path(__file__).parents[2] / "eval.py")
+    module = sys.modules["eval_script"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["eval_script"]
+
+
+@pytest.fixture
+def evaluate(script, tiny):
+    """Evaluates the run of `tiny` as the command line does: (rows, alpha of each layer)."""
+
+    def run(**changes):
+        models = []
+        measure = script.measure_perplexity
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                script, "measure_perplexity", lambda model, *a, **k: models.append(model) or measure(model, *a, **k)
+            )
+            values = {"run_dir": tiny().run_dir, "evals": ["perplexity"], "max_tokens": 64, "device": "cpu"} | changes
+            rows = script.evaluate(from_mapping(script.EvaluateConfig, script.with_the_runs_own(values)))
+        return rows, [backend.current_alpha() for backend in attention_backends(models[0])]
+
+    return run
+
+
+def test_an_unfinished_schedule_is_evaluated_where_it_stands(tiny, evaluate, tmp_path):
+    train(tiny(attention=SCHEDULE, steps=6))
+    assert "alpha_steps = 12 is more than steps = 6" in (tmp_path / "run" / "log.txt").read_text()
+    rows, alphas = evaluate()
+    assert [float(alpha) for alpha in alphas] == pytest.approx([1.3, 1.3])
+    shutil.rmtree(tmp_path / "run" / "export")
+    from_checkpoint, alphas = evaluate()
+    assert [float(alpha) for alpha in alphas] == pytest.approx([1.3, 1.3])
+    assert from_checkpoint[0]["loss"] == rows[0]["loss"]
+
+
+def test_the_alpha_that_is_asked_for_is_the_one_of_the_row(tiny, evaluate):
+    train(tiny(attention=SCHEDULE, steps=6))
+    rows, alphas = evaluate(attention={"alpha": 1.9})
+    assert alphas == [1.9, 1.9] and rows[0]["attention_options"]["alpha"] == 1.9
+
+
+def test_rows_of_the_runs_own_attention_carry_its_options(tiny, evaluate):
+    train(tiny(attention={"name": "adasplash", "learn_alpha": True}, steps=2))
+    rows, _ = evaluate(attention={"name": "adasplash", "alpha": 1.5})
+    assert rows[0]["attention_options"] == {"learn_alpha": True, "alpha": 1.5}
+    with pytest.raises(ValueError, match="add learn_alpha=false"):
+        evaluate(attention={"alpha": 1.9})
+
+
+def test_what_is_wrong_at_several_places_is_said_once(tiny, evaluate):
+    train(tiny(steps=1))
+    with pytest.raises(ValueError) as error:
+        evaluate(evals=["perplexity", "throughput"], seq_lens=[64, 64])
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(
+        "perplexity at 64, perplexity at 64, throughput at 64, throughput at 64: This model has 32 learned"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("repeats", 0), ("stride", 0), ("max_tokens", 0), ("batch_tokens", -1), ("seq_lens", [0])]
+)
+def test_counts_are_checked_before_anything_is_done(script, name, value):
+    with pytest.raises(ValueError, match=f"Expected {name} of at least 1"):
+        from_mapping(script.EvaluateConfig, {"run_dir": "nowhere", name: value})
