@@ -77,7 +77,8 @@ def padding_mask(
     """What transformers hands on as attention_mask: None, or bool (B, number of valid keys), True where kept.
 
     Raises:
-        ValueError: for pads between kept tokens, or a mask that no range describes (chunks, prefixes, blocks).
+        ValueError: for pads between kept tokens, or a mask that no range describes (prefixes, blocks).
+        RuntimeError: for pads between kept tokens in a compiled graph.
     """
     # a compiler does not see into mask functions
     patterns = set() if torch.compiler.is_compiling() else mask_patterns(mask_function)
@@ -97,10 +98,14 @@ def padding_mask(
     if attention_mask is None:
         return None
     attention_mask = attention_mask[:, -kv_length:].to(torch.bool)
-    if not torch.compiler.is_compiling():
-        if attention_mask.shape[1] == kv_length >= q_length and attention_mask.all():
-            return None
-        check_padding(attention_mask)
+    if torch.compiler.is_compiling():  # nothing can be looked at here: the graph itself has to refuse
+        kept = KeyRange.padding(attention_mask)
+        contiguous = (kept.stop - kept.start)[:, 0, 0].clamp(min=0) == attention_mask.sum(-1)
+        torch._assert_async(contiguous.all(), "The attention mask has pads between kept tokens; move them to one side.")
+        return attention_mask
+    if attention_mask.shape[1] == kv_length >= q_length and attention_mask.all():
+        return None
+    check_padding(attention_mask)
     return attention_mask
 
 
@@ -121,6 +126,11 @@ def _refuse_unsupported(module: nn.Module, attention_mask, dropout: float, kwarg
             "Expected packed documents as position_ids that start again at each document, got cu_seq_lens_q; "
             "leave cu_seq_lens_q out (return_flash_attn_kwargs=False in the collator)."
         )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "The attention backends never hold the weights of attention that output_attentions=True asks for; "
+            'use attn_implementation="eager" for them, or adasplash.models.attention_statistics for how many are not zero.'
+        )
     for name, meaning in UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -139,8 +149,8 @@ def key_range_of(
 ) -> KeyRange | None:
     """The range that transformers' arguments describe, beside causality; None where all keys are visible.
 
-    packed: whether position_ids mark documents. None: look (which waits for a GPU) where there is neither a mask nor an
-        earlier key, as transformers itself does.
+    packed: whether position_ids mark documents. None: look (which waits for a GPU) where there is no earlier key, among
+        the kept tokens: positions of pads mean nothing.
 
     Raises:
         ValueError: for packed=True without positions of all keys.
@@ -150,13 +160,11 @@ def key_range_of(
     whole = position_ids is not None and query_length == key_length
     if packed and not whole:
         raise ValueError("packed=True needs position_ids of all keys, and so no keys from a cache.")
-    if packed is None:
-        packed = (
-            whole
-            and attention_mask is None
-            and query_length > 1
-            and bool((position_ids[:, 1:] != position_ids[:, :-1] + 1).any())
-        )
+    if packed is None and whole and query_length > 1:
+        restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if attention_mask is not None:
+            restarts = restarts & attention_mask[:, 1:] & attention_mask[:, :-1]
+        packed = bool(restarts.any())
     if sliding_window is not None:
         ranges.append(KeyRange.window(query_length, sliding_window, key_length, device=q.device))
     if attention_mask is not None:
@@ -183,7 +191,7 @@ def attention_forward(
     """The registered function: query (B, H, Tq, D), key and value (B, G, Tk, D) -> (B, Tq, H, D).
 
     `packed` can be given to the model's forward: True or False says, without looking, whether position_ids mark packed
-    documents (looking breaks a compiled graph).
+    documents (looking waits for a GPU in every layer, and breaks a compiled graph).
 
     Raises:
         ValueError: for what the backends cannot honour: 4-D masks, dropout, softcap, sinks, position biases.
@@ -216,6 +224,7 @@ _default_backends: dict[tuple, AttentionBackend] = {}
 def _default_backend(module: nn.Module, query: Tensor, key: Tensor) -> AttentionBackend:
     """For layers that nobody patched: the backend that the model's configuration names, else AdaSplash."""
     name, options = configured_backend(module.config) or ("adasplash", backend_options("adasplash"))
+    _refuse_layer(module, options)
     shape = {"heads": query.shape[1], "key_heads": key.shape[1], "head_dim": query.shape[3]}
     backend_key = (name, options, *shape.values(), query.device)
     if backend_key not in _default_backends:
@@ -249,13 +258,35 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 def layer_shape(layer: nn.Module) -> dict[str, int]:
     """heads, key_heads and head_dim (of queries and keys) of an attention layer."""
     config = layer.config.get_text_config()
-    heads = config.num_attention_heads
+    first = lambda *numbers: next(filter(None, numbers))
+    # the layer's own first: encoder and decoder may differ
+    heads = first(
+        *(getattr(layer, name, None) for name in ("num_heads", "num_attention_heads")), config.num_attention_heads
+    )
     dims = (getattr(where, name, None) for where in (layer, config) for name in ("qk_head_dim", "head_dim"))
+    key_heads = (getattr(where, "num_key_value_heads", None) for where in (layer, config))
     return {
         "heads": heads,
-        "key_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": next(filter(None, dims), config.hidden_size // heads),
+        "key_heads": first(*key_heads, heads),
+        "head_dim": first(*dims, config.hidden_size // heads),
     }
+
+
+def _refuse_layer(layer: nn.Module, options: Options) -> None:
+    """Raises ValueError for what the configuration of a model shows beforehand: a compiler would not see it later."""
+    config = layer.config.get_text_config()
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"The attention backends have no chunked attention, which {type(layer).__name__} uses (layer_types); "
+            'use attn_implementation="sdpa" for this model.'
+        )
+    if options.alibi != "none" and (
+        getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
+    ):
+        raise ValueError(
+            f"alibi={options.alibi} needs queries and keys of one text, but the model of {type(layer).__name__} has "
+            "cross-attention; leave alibi out."
+        )
 
 
 def attention_backends(model: nn.Module) -> list[AttentionBackend]:
@@ -266,6 +297,8 @@ def attention_backends(model: nn.Module) -> list[AttentionBackend]:
 def patch_attention(model: PreTrainedModel, backend: str = "adasplash", **options) -> PreTrainedModel:
     """Gives every attention layer of a transformers model a backend; changes the model in place and returns it.
 
+    One that is refused is left as it was.
+
     Args:
         model: any transformers model whose attention goes through AttentionInterface.
         backend: softmax | flash | adasplash | hash_sparse | qk_sparse; its options follow as keywords. A learned or
@@ -274,18 +307,26 @@ def patch_attention(model: PreTrainedModel, backend: str = "adasplash", **option
     Raises:
         ValueError: for unknown names and options, or a model without such layers.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"Expected a transformers model, got {model!r:.60}; load it first, "
+            "for example with AutoModelForCausalLM.from_pretrained or adasplash.from_pretrained."
+        )
     register()
     parsed = backend_options(backend, options)
+    layers = attention_layers(model)
+    for layer in layers:
+        _refuse_layer(layer, parsed)
+    modules = [BACKENDS[backend](parsed, **layer_shape(layer)) for layer in layers]
     model.set_attn_implementation(NAME)
     # transformers leaves alone, with a warning, what does not go through its AttentionInterface
-    layers = [layer for layer in attention_layers(model) if layer.config._attn_implementation == NAME]
-    if not layers:
+    reached = [pair for pair in zip(layers, modules, strict=True) if pair[0].config._attn_implementation == NAME]
+    if not reached:
         raise ValueError(
             f"{type(model).__name__} has no attention layer that goes through transformers' AttentionInterface; "
             "expected a model such as GPT-2, Llama, RoBERTa or ModernBERT."
         )
-    for layer in layers:
-        module = BACKENDS[backend](parsed, **layer_shape(layer))
+    for layer, module in reached:
         device = next(layer.parameters()).device
         setattr(layer, SUBMODULE, module.to(device).train(layer.training))
     setattr(model.config, CONFIG_FIELD, {"name": backend, **dataclasses.asdict(parsed)})

@@ -9,7 +9,7 @@ from tiny_models import CAUSAL, CONFIGS, VOCABULARY, tiny, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
 
 import adasplash
-from adasplash.attention.huggingface import CONFIG_FIELD, attention_backends, layer_shape, padding_mask
+from adasplash.attention.huggingface import CONFIG_FIELD, attention_backends, key_range_of, layer_shape, padding_mask
 
 KINDS = list(CONFIGS)
 BACKENDS = {
@@ -64,20 +64,36 @@ def test_equals_eager(kind, backend):
         torch.testing.assert_close(got[kept.bool()], expected[where][kept.bool()], atol=1e-4, rtol=1e-4)
 
 
-def test_cross_attention_sees_all_of_the_encoder():
+def bart(encoder_heads=2):
     config = AutoConfig.for_model(
         "bart",
         vocab_size=VOCABULARY,
         d_model=32,
         encoder_layers=1,
         decoder_layers=1,
-        encoder_attention_heads=2,
+        encoder_attention_heads=encoder_heads,
         decoder_attention_heads=2,
         encoder_ffn_dim=32,
         decoder_ffn_dim=32,
         max_position_embeddings=64,
     )
-    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    return AutoModelForSeq2SeqLM.from_config(config).eval()
+
+
+def test_encoder_and_decoder_may_have_other_heads():
+    model = adasplash.patch_attention(bart(encoder_heads=4), "hash_sparse", n_buckets=4)
+    heads = [(backend.heads, backend.head_dim) for backend in attention_backends(model)]
+    assert heads == [(4, 8), (2, 16), (2, 16)]
+    assert model(tokens(), decoder_input_ids=tokens(length=7)).logits.isfinite().all()
+
+
+def test_alibi_is_of_one_text():
+    with pytest.raises(ValueError, match="alibi=nape needs queries and keys of one text.*BartAttention"):
+        adasplash.patch_attention(bart(), "softmax", alibi="nape")
+
+
+def test_cross_attention_sees_all_of_the_encoder():
+    model = bart()
     ids, decoder_ids = tokens(length=24), tokens(length=7)
     run = lambda: [model(ids, attention_mask=m, decoder_input_ids=decoder_ids).logits for m in (None, pads("right"))]
     model.set_attn_implementation("eager")
@@ -133,8 +149,16 @@ def test_documents_may_differ_between_samples_and_stand_beside_pads():
         alone = logits(model, ids[sample].view(-1, length)).view(24, -1)
         torch.testing.assert_close(together[sample], alone, atol=1e-4, rtol=1e-4)
     mask = pads("right")
-    padded = logits(model, ids, position_ids=positions, attention_mask=mask, packed=True)
-    torch.testing.assert_close(padded[mask.bool()], together[mask.bool()], atol=1e-4, rtol=1e-4)
+    for packed in (None, True):
+        padded = logits(model, ids, position_ids=positions, attention_mask=mask, packed=packed)
+        torch.testing.assert_close(padded[mask.bool()], together[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_positions_of_pads_mark_no_documents():
+    """Those of generation: the pads on the left have the position of the first kept token, or any."""
+    q, mask = torch.zeros(2, 1, 24, 8), pads("left").bool()
+    positions = torch.arange(24).expand(2, -1).masked_fill(~mask, 1)
+    assert torch.equal(*(key_range_of(q, 24, mask, positions, packed, None).start for packed in (None, False)))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
@@ -384,13 +408,50 @@ MIXTURE = {"num_local_experts": 2}
     [
         ("gemma2", {"head_dim": 8}, "softcap.*Gemma2Attention.*eager"),
         ("gpt_oss", {"head_dim": 8, **MIXTURE}, "s_aux \\(attention sinks\\)"),
-        ("llama4_text", {"head_dim": 8, "attention_chunk_size": 8, "intermediate_size_mlp": 32, **MIXTURE}, "chunked"),
     ],
 )
 def test_what_no_backend_has_is_refused(kind, changes, message):
     model = adasplash.patch_attention(tiny(kind, **changes), "softmax")
     with pytest.raises(ValueError, match=message):
         model(tokens())
+
+
+def test_chunks_are_refused_before_a_compiler_could_overlook_them():
+    model = tiny("llama4_text", head_dim=8, attention_chunk_size=8, intermediate_size_mlp=32, **MIXTURE)
+    with pytest.raises(ValueError, match="no chunked attention, which Llama4TextAttention uses"):
+        adasplash.patch_attention(model, "flash")
+    model.set_attn_implementation("adasplash")
+    with pytest.raises(ValueError, match="chunked"):
+        model(tokens())
+
+
+def test_pads_between_kept_tokens_are_refused_in_a_compiled_graph():
+    model = torch.compile(patched("llama", "flash"), backend="aot_eager")
+    run = lambda mask: model(tokens(), attention_mask=mask, packed=False, use_cache=False).logits
+    for mask in (pads("left"), pads("right"), torch.zeros(2, 24, dtype=torch.long)):
+        assert run(mask).isfinite().all()
+    with pytest.raises(RuntimeError, match="pads between kept tokens"):
+        run(pads("left").index_fill(1, torch.tensor([9]), 0))
+
+
+def test_the_weights_of_attention_are_refused():
+    with pytest.raises(ValueError, match="never hold the weights of attention.*eager"):
+        patched("llama", "adasplash")(tokens(), output_attentions=True)
+
+
+@pytest.mark.parametrize("model", ["gpt2", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_of_transformers_is_refused(model):
+    with pytest.raises(ValueError, match="Expected a transformers model, got .*load it first"):
+        adasplash.patch_attention(model, "flash")
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model, ids = tiny("llama"), tokens()
+    expected, implementation = logits(model, ids), model.config._attn_implementation
+    with pytest.raises(ValueError, match="shared_qk needs as many key heads"):
+        adasplash.patch_attention(model, "hash_sparse", shared_qk=True)
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(logits(model, ids), expected) and not hasattr(model.config, CONFIG_FIELD)
 
 
 def test_prefixes_and_blocks_are_refused():
