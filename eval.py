@@ -68,6 +68,8 @@ class EvaluateConfig:
     tokenizer: TokenizerConfig | None = None
 
     def __post_init__(self):
+        if not self.evals:
+            raise ValueError(f"Expected evals among {', '.join(EVALUATIONS)}, got none.")
         for name in self.evals:
             check_choice("evaluation", name, EVALUATIONS)
         check_choice("device", self.device.split(":")[0], ("auto", "cpu", "cuda"))

@@ -42,13 +42,13 @@ def typed_config(composed: DictConfig, overrides: list[str]) -> TrainConfig:
     values = OmegaConf.to_container(composed, resolve=True)
     if values["resume"] not in ("auto", "never"):
         folder = Path(values["resume"])
-        saved = OmegaConf.create(read_config(folder).to_mapping())
+        saved = OmegaConf.create(read_config(folder).to_mapping() | {"resume": str(folder), "run_dir": str(folder)})
         for word in overrides:
             key = word.lstrip("+").partition("=")[0]
             if key in groups_of(CONFIGS):
                 raise ValueError(f"resume={folder} goes on with that run's own {key}; leave {key}= out.")
             OmegaConf.update(saved, key, OmegaConf.select(composed, key))
-        values = OmegaConf.to_container(saved) | {"resume": str(folder), "run_dir": str(folder)}
+        values = OmegaConf.to_container(saved)
     return from_mapping(TrainConfig, values)
 
 

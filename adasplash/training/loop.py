@@ -25,7 +25,7 @@ from .log import NullLog, RunLog, read_metrics
 from .optimizer import build_optimizers, learning_rate_factor, set_learning_rate
 from .parallel import Ranks, exchange_gradients, parallelize, start_ranks
 from .plots import plot_density, plot_losses
-from .run_folder import choose_folder, read_summary, write_config, write_summary
+from .run_folder import choose_folder, read_config, read_summary, write_config, write_summary
 from .validation import Validation, unigram_entropy
 
 SPARSE = ("adasplash", "hash_sparse", "qk_sparse")
@@ -166,6 +166,12 @@ class _Run:
         newest = checkpoint.newest(self.folder / "checkpoints")
         state = {}
         if newest is not None:
+            reached, steps_before = checkpoint.read_state(newest)["step"], read_config(self.folder).steps
+            if reached > self.config.steps:
+                raise ValueError(
+                    f"Expected steps of at least {reached}, where '{newest}' stands, got {self.config.steps}; "
+                    "use resume=never to train fewer steps beside it."
+                )
             state = checkpoint.restore_training_state(self.model, self.optimizers, newest)
             self.step, self.skipped = state["step"], state["skipped"]
             self.skipped_in_a_row = state["skipped_in_a_row"]
@@ -201,6 +207,10 @@ class _Run:
             )
         if newest is not None:
             self.log.print(f"Resuming at step {self.step} from {newest}")
+            if steps_before != self.config.steps:
+                self.log.print(
+                    f"steps: {steps_before} -> {self.config.steps}; the learning rate follows the new number."
+                )
 
     # ------------------------------------------------------------------------------------------------------- the loop
 

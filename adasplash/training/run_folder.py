@@ -52,11 +52,15 @@ def choose_folder(config: TrainConfig) -> Path:
     """The folder this run writes to; the same experiment finds the same folder again.
 
     Raises:
-        ValueError: if the folder holds a run with other settings, or `resume` names no run.
+        ValueError: if the folder holds a run with other settings, or `resume` names no run or another folder.
     """
     if config.resume not in ("auto", "never"):
         folder = Path(config.resume)
         saved = read_config(folder)
+        if config.run_dir and Path(config.run_dir).resolve() != folder.resolve():
+            raise ValueError(
+                f"resume={folder} goes on in that folder, and not in run_dir={config.run_dir}; leave run_dir out."
+            )
     else:
         folder = Path(config.run_dir) if config.run_dir else ROOT / config.run_name()
         if config.resume == "never":

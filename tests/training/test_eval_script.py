@@ -83,3 +83,8 @@ def test_what_is_wrong_at_several_places_is_said_once(tiny, evaluate):
 def test_counts_are_checked_before_anything_is_done(script, name, value):
     with pytest.raises(ValueError, match=f"Expected {name} of at least 1"):
         from_mapping(script.EvaluateConfig, {"run_dir": "nowhere", name: value})
+
+
+def test_something_is_to_be_evaluated(script):
+    with pytest.raises(ValueError, match="Expected evals among perplexity, .*got none"):
+        from_mapping(script.EvaluateConfig, {"run_dir": "nowhere", "evals": []})

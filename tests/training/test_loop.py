@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import adasplash
 from adasplash.attention import BACKENDS
+from adasplash.attention.huggingface import attention_backends
 from adasplash.training import TrainingDiverged, loop, train
 from adasplash.training.log import read_metrics
 
@@ -100,6 +101,27 @@ def test_finished_runs_are_not_run_again_and_never_starts_beside(tiny, tmp_path,
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_fewer_steps_than_were_made_are_refused(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(patch, 5)
+        with pytest.raises(Stop):
+            train(tiny())
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="steps of at least 4, where .*step-00000004' stands, got 3; use resume=never"):
+        train(tiny(steps=3))
+    assert (tmp_path / "run" / "config.yaml").read_text() == before and not (tmp_path / "run" / "export").exists()
+    train(tiny(steps=8))
+    assert "steps: 6 -> 8" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_resume_names_the_folder(tiny, tmp_path):
+    train(tiny(steps=1))
+    folder = str(tmp_path / "run")
+    with pytest.raises(ValueError, match="goes on in that folder, and not in run_dir=elsewhere; leave run_dir out"):
+        train(tiny(steps=1, resume=folder, run_dir="elsewhere"))
+    assert train(tiny(steps=1, resume=folder))["status"] == "finished"
+
+
 def test_a_run_with_an_alpha_that_never_did_anything_goes_on(tiny, tmp_path):
     train(tiny(attention={"name": "qk_sparse"}, steps=1))
     stored = tmp_path / "run" / "config.yaml"
@@ -150,9 +172,18 @@ def test_activation_checkpointing_and_schedules_leave_the_loss(tiny, tmp_path):
     assert all(abs(plain[step] - recomputed[step]) < 1e-5 for step in plain)
 
 
-def test_alpha_is_scheduled_in_training(tiny, tmp_path):
+def test_alpha_is_scheduled_in_training(tiny, tmp_path, monkeypatch):
     attention = {"name": "adasplash", "alpha_start": 1.1, "alpha_steps": 4}
+    validated = []
+    original = loop.Validation.measure
+
+    def measure(self, model):
+        validated.append(float(attention_backends(model)[0].current_alpha()))
+        return original(self, model)
+
+    monkeypatch.setattr(loop.Validation, "measure", measure)
     train(tiny(attention=attention))
+    assert validated == pytest.approx([1.1, 1.4, 1.5])  # at steps 0, 3 and 6
     state = load_file(tmp_path / "run" / "export" / "model.safetensors")
     alphas = [value.item() for name, value in state.items() if name.endswith("attention_backend.alpha")]
     assert alphas == pytest.approx([1.5, 1.5])
