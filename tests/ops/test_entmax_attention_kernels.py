@@ -72,7 +72,7 @@ def take(road: str, monkeypatch):
 
 def inputs(batch, heads, groups, query_length, key_length, dim, dtype=torch.float32, sharpness=2.0) -> list[Tensor]:
     """q, k, v and a gradient for the output, strided as transformers hands them over; supports shrink along the text."""
-    growing = torch.linspace(0.5, 1.5, query_length, device=DEVICE)[:, None, None] if query_length > 1 else 1.0
+    growing = torch.linspace(0.5, 1.0, query_length, device=DEVICE)[:, None, None] if query_length > 1 else 1.0
     q = sharpness * growing * torch.randn(batch, query_length, heads, dim, device=DEVICE)
     k, v = torch.randn(2, batch, key_length, groups, dim, device=DEVICE).unbind()
     d_out = torch.randn(batch, heads, query_length, dim, device=DEVICE)
