@@ -237,12 +237,13 @@ def halley_step(mass, slope, support):
     """As newton_step for alpha = 1.5, but of third order, given also the number of keys above t.
 
     For g = sqrt(sum (z - t) ** 2): g' = -slope / g and g'' = (support - slope ** 2 / mass) / g. At most 1.4 Newton steps,
-    and Newton's own far from the root, which 1.4 of them could take past the largest z.
+    and Newton's own where g > 3: of a single key, 1.4 of them go past its z from g = 3.3 on. Such a step is at least 2 / 3 of
+    the mean distance from t, so that none that is taken for the last one has Newton's larger error (see `tiles`).
     """
     root = tl.sqrt(mass)
     square = slope * slope
     bend = 0.5 * (root - 1.0) * (support * mass - square) / tl.maximum(root, 1e-30)
-    bend = tl.where(root < 2.0, bend, 0.0)
+    bend = tl.where(root < 3.0, bend, 0.0)
     return tl.where(
         slope > 0.0, (root - 1.0) * root * slope / tl.maximum(square - tl.minimum(bend, 0.3 * square), 1e-30), 0.0
     )
