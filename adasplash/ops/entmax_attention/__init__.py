@@ -1,4 +1,4 @@
-"""Entmax attention. What it means: ops/range_attention.py; which implementation runs: ops/attend.py; its kernels: operator.py."""
+"""Entmax attention. What it means: ops/range_attention.py; which implementation runs: ops/implementation.py; its kernels: operator.py."""
 
 from .attention import entmax_attention
 

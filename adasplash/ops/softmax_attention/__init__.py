@@ -1,4 +1,4 @@
-"""Softmax attention over key ranges. What it means: ops/range_attention.py; which implementation runs: ops/attend.py; its kernels: operator.py."""
+"""Softmax attention over key ranges. What it means: ops/range_attention.py; which implementation runs: ops/implementation.py; its kernels: operator.py."""
 
 from .attention import softmax_attention
 
