@@ -80,8 +80,8 @@ def bit_limit(bound, margin):
 @triton.jit
 def of_entries(record, e, field, BLOCK_M: tl.constexpr):
     """Pointers (M, E) to a field of the entries e (1, E) of all rows."""
-    # The hint is for the layout alone: neighbouring threads take rows, not entries, with every version of Triton. That the
-    # numbers do not lie side by side is the other hint's to say, by which they are loaded one by one.
+    # Hints for the layout alone. "Contiguous" is untrue: by it neighbouring threads take rows, not entries, with every version of
+    # Triton. "Multiple of 4" bytes keeps it harmless: by it each number is loaded by itself, never as a wider piece.
     return tl.max_contiguous(tl.multiple_of(record + (e * (BLOCK_M * 8) + field), (4, 4)), (2, 1))
 
 
