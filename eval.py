@@ -148,6 +148,8 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         vocab_size = build_tokenizer(config.tokenizer).vocab_size if config.tokenizer else 50257
         how = {"vocab_size": vocab_size, "end_token": vocab_size - 1, "seq_len": max(seq_lens)}
         model = build_model(config.model, attention=attention.name, options=attention.options, **how)
+        for backend in attention_backends(model):
+            backend.set_step(10**9)  # nothing was trained: schedules are taken as over
     model.to(device)
     if compiled:
         model.base_model.compile(dynamic=False)

@@ -67,6 +67,19 @@ def test_rows_of_the_runs_own_attention_carry_its_options(tiny, evaluate):
         evaluate(attention={"alpha": 1.9})
 
 
+def test_the_schedule_of_an_untrained_model_is_over(script, tiny, tmp_path, monkeypatch):
+    models = []
+    measure = script.measure_throughput
+    monkeypatch.setattr(
+        script, "measure_throughput", lambda model, **how: models.append(model) or measure(model, **how)
+    )
+    monkeypatch.chdir(tmp_path)  # the results go below runs/
+    run = tiny(attention=SCHEDULE)
+    how = {"evals": ["throughput"], "seq_lens": [32], "repeats": 1, "device": "cpu", "tokenizer": run.tokenizer}
+    script.evaluate(script.EvaluateConfig(model=run.model, attention=run.attention, **how))
+    assert {float(backend.current_alpha()) for model in models for backend in attention_backends(model)} == {1.5}
+
+
 def test_what_is_wrong_at_several_places_is_said_once(tiny, evaluate):
     train(tiny(steps=1))
     with pytest.raises(ValueError) as error:
