@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from dense_attention import dense_attention
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +17,9 @@ from adasplash.ops.checks import (
     resolve_key_range,
     resolve_scale,
 )
+from adasplash.ops.implementation import choose_implementation
 from adasplash.ops.reordered_attention import random_directions
+from adasplash.ops.reordered_attention.attention import keys_of_queries
 from adasplash.ops.reordered_attention.reference import hash_buckets
 
 # B, H, G, Tq, Tk, D
@@ -311,6 +314,24 @@ def test_no_keys_and_no_queries():
     q = torch.randn(1, 2, 3, 4)
     assert torch.equal(entmax_attention(q, q[:, :, :0], q[:, :, :0]), torch.zeros_like(q))
     assert softmax_attention(q[:, :, :0], q, q).shape == (1, 2, 0, 4)
+    for attend in (softmax_attention, entmax_attention, qk_sparse_attention):
+        assert attend(q[:0], q[:0], q[:0]).shape == (0, 2, 3, 4)
+
+
+def test_shared_keys_of_queries_of_zeros_are_zeros():
+    zeros = torch.zeros(1, 1, 2, 4, dtype=torch.float16)  # which has no number as small as what guards the division
+    assert torch.equal(keys_of_queries(zeros), zeros)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_shared_keys_have_the_dtype_of_the_queries_under_autocast(dtype):
+    """On a GPU it makes norms float32; torch.autocast itself does nothing where there is none."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode():
+            assert keys_of_queries(torch.empty(1, 2, 5, 4, device="cuda", dtype=dtype)).dtype == dtype
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -389,3 +410,13 @@ def test_triton_is_not_silently_replaced_by_the_reference(obstacle, monkeypatch,
         entmax_attention(q, q, v, alibi_slopes=slopes, implementation="triton")
     entmax_attention(q, q, v, alibi_slopes=slopes, implementation="auto")
     assert "torch reference" in caplog.text and obstacle in caplog.text
+
+
+def test_the_reference_on_a_gpu_is_announced(monkeypatch, caplog):
+    monkeypatch.setattr("adasplash.ops.announce._announced", set())
+    monkeypatch.setattr("adasplash.ops.implementation.why_no_kernels", lambda *arguments: "it is too old")
+    for device, said in (("cpu", False), ("cuda", True)):
+        assert choose_implementation("auto", torch.device(device), torch.float32) == "reference"
+        assert ("The torch reference runs on cuda: it is too old." in caplog.text) == said
+    with pytest.raises(ValueError, match="implementation=triton cannot run here: it is too old"):
+        choose_implementation("triton", torch.device("cuda"), torch.float32)

@@ -70,6 +70,15 @@ def test_gradient_of_a_float32_alpha_with_float64_scores_has_alphas_dtype():
     assert alpha.grad.dtype == torch.float32 and alpha.grad != 0
 
 
+@pytest.mark.parametrize("alpha", [1.5, torch.tensor(1.5)])
+def test_second_derivatives_are_refused(alpha):
+    """Instead of being wrong without a word."""
+    x = torch.randn(3, 8, requires_grad=True)
+    (slope,) = torch.autograd.grad(entmax(x, alpha).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 # --------------------------------------------------------------------------------------------------------- properties
 
 
@@ -225,3 +234,8 @@ def test_input_errors():
         entmax(torch.zeros(3, 0))
     with pytest.raises(ValueError, match="floating point x, got torch.int64"):
         entmax(torch.arange(3))
+    with pytest.raises(ValueError, match="implementation"):
+        entmax(torch.zeros(3), implementation="fast")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="implementation=triton cannot run here"):
+            entmax(torch.zeros(3), implementation="triton")
