@@ -11,26 +11,19 @@ from adasplash import KeyRange, entmax
 from adasplash.ops import tile_table
 from adasplash.ops.checks import resolve_key_range
 from adasplash.ops.range_attention import range_attention, text_positions
-from adasplash.ops.tile_table import ListShape, entmax_tiles, list_shapes
+from adasplash.ops.tile_table import entmax_tiles, list_shapes
 
 operator = pytest.importorskip("adasplash.ops.entmax_attention.operator", reason="needs triton")
-THRESHOLD_ROWS = pytest.importorskip("adasplash.ops.entmax_attention.lists").THRESHOLD_ROWS
+THRESHOLD_ROWS = pytest.importorskip("adasplash.ops.entmax_attention.lists").THRESHOLD_ROWS.value
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not operator.INTERPRETED, reason="needs a GPU or Triton's interpreter"
-)
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cpu" and not operator.INTERPRETED, reason="needs a GPU or Triton's interpreter"),
+    pytest.mark.usefixtures("large_programs"),
+]
 
 # Where the pairs go: all on lists, all in tile mode, some blocks here and some there, columns as sinks. Numbers of keys per
 # query that a block's list has room for, and of the longest column on lists.
 ROADS = {"lists": (64, 64), "tiles": (0, 64), "both": (2, 64), "sinks": (64, 3)}
-
-
-@pytest.fixture(autouse=True)
-def many_rows_at_once(monkeypatch):
-    """The interpreter's time goes by the number of programs."""
-    if DEVICE == "cpu":
-        shape = ListShape(16, 8, 1, turns=2)
-        monkeypatch.setattr(operator, "list_shapes", lambda dim: dict.fromkeys(list_shapes(dim), shape))
 
 
 @pytest.fixture(params=ROADS)
@@ -71,8 +64,8 @@ def take(road: str, monkeypatch):
 
 
 def inputs(batch, heads, groups, query_length, key_length, dim, dtype=torch.float32, sharpness=2.0) -> list[Tensor]:
-    """q, k, v and a gradient for the output, strided as transformers hands them over; supports shrink along the text."""
-    growing = torch.linspace(0.5, 1.0, query_length, device=DEVICE)[:, None, None] if query_length > 1 else 1.0
+    """q, k, v and a gradient for the output, strided as transformers hands them over; supports of long ones differ."""
+    growing = torch.linspace(0.5, 1.0, query_length, device=DEVICE)[:, None, None] if query_length > 128 else 1.0
     q = sharpness * growing * torch.randn(batch, query_length, heads, dim, device=DEVICE)
     k, v = torch.randn(2, batch, key_length, groups, dim, device=DEVICE).unbind()
     d_out = torch.randn(batch, heads, query_length, dim, device=DEVICE)
@@ -96,7 +89,7 @@ def relative(result: Tensor, truth: Tensor) -> float:
 
 
 def compare(q, k, v, d_out, *, alpha=1.5, key_range=None, causal=True, slopes=None, factor=2):
-    """Kernels and eager attention of the same dtype against float64: at most `factor` times eager's error; twice the same bits."""
+    """Kernels and eager attention of the same dtype against float64: at most `factor` times eager's error; the same bits again."""
     visible = resolve_key_range(q, k, key_range, causal)
     scale = q.shape[-1] ** -0.5
     how = {"scale": scale, "alibi_slopes": slopes}
@@ -129,8 +122,9 @@ def compare(q, k, v, d_out, *, alpha=1.5, key_range=None, causal=True, slopes=No
         assert result.isfinite().all(), name
         floor = 2e-5 if name == "dalpha" else 2e-6
         assert relative(result, truth) <= factor * relative(yardstick, truth) + floor, name
-    for name, result, again in zip(names, results, gradients(kernels, q, k, v, d_out, alpha), strict=False):
-        assert torch.equal(result, again), f"{name} differs between two runs"
+    if DEVICE != "cpu":  # the interpreter runs one program after the other
+        for name, result, again in zip(names, results, gradients(kernels, q, k, v, d_out, alpha), strict=False):
+            assert torch.equal(result, again), f"{name} differs between two runs"
     return results
 
 
@@ -239,12 +233,12 @@ def test_gradients_of_rows_that_are_not_finite(road, monkeypatch):
 def test_shapes_of_programs_go_together(little_shared_memory, monkeypatch):
     monkeypatch.setattr(tile_table, "has_little_shared_memory", lambda device: little_shared_memory)
     for dim, dtype in itertools.product(range(1, 257), (torch.float32, torch.bfloat16, torch.float16)):
-        tiles, lists = entmax_tiles(dim, dtype, torch.device(DEVICE)), list_shapes(dim)
+        tiles, shapes = entmax_tiles(dim, dtype, torch.device(DEVICE)), list_shapes(dim)
         rows = [tiles[name].block_m for name in ("forward", "rows", "columns", "sinks")]
-        rows += [lists[name].rows * lists[name].turns for name in ("forward", "backward", "transpose")]
+        rows += [shapes[name].rows * shapes[name].turns for name in ("forward", "backward", "transpose")]
         assert all(tiles["collect"].block_m % n == 0 for n in rows), (dim, dtype)
         assert all(shape.block_m >= 16 for shape in tiles.values()), (dim, dtype)  # the least of a dot
-        assert lists["forward"].rows * lists["forward"].turns % THRESHOLD_ROWS.value == 0, dim
+        assert shapes["forward"].rows * shapes["forward"].turns % THRESHOLD_ROWS == 0, dim
 
 
 @pytest.mark.parametrize("road", ["lists", "tiles"])
@@ -259,10 +253,12 @@ def test_bidirectional_and_alibi(road, monkeypatch):
 def test_extreme_scores(sharpness, road, monkeypatch):
     """0: all scores of a row are equal, so that the support is everything; 50: one key takes all.
 
-    At 50 the few gradients that are left hang on the last bits of z - tau, and the kernels round tau once more.
+    At 50 the few gradients that are left hang on the last bits of z - tau, and the kernels round tau once more. With two rows
+    that have any, as in one sequence, eager attention may by luck be right to the last bit.
     """
     take(road, monkeypatch)
-    compare(*inputs(1, 1, 1, 40, 40, 16, sharpness=sharpness), factor=4 if sharpness > 10 else 2)
+    batch = 4 if sharpness > 10 else 1
+    compare(*inputs(batch, 1, 1, 40, 40, 16, sharpness=sharpness), factor=4 if sharpness > 10 else 2)
 
 
 def test_one_key_that_all_queries_attend_to(monkeypatch):

@@ -54,6 +54,7 @@ def test_counts(shape, alpha, scores_at_once, monkeypatch):
         assert (found.support < visible).all()  # the case is not trivial
 
 
+@pytest.mark.usefixtures("large_programs")
 @pytest.mark.parametrize("alpha", [1.5, "per head"])
 def test_kernels_count_what_the_reference_counts(alpha):
     statistics = pytest.importorskip("adasplash.ops.entmax_attention.statistics", reason="needs triton")

@@ -12,7 +12,8 @@ import triton.language as tl
 from ..jit import SIZES, entmax_weights, largest, load_rows, load_tile, newton_step, program_head
 
 NEWTON_STEPS = tl.constexpr(24)  # at most; a handful is usual
-THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side
+THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side,
+THRESHOLD_PAIRS = tl.constexpr(8)  # from so many pairs of each at a time: a thread of a warp for each
 
 
 @triton.jit
@@ -25,7 +26,8 @@ def load_lists(FIRST, COUNT, at, inside, slab):
 @triton.jit
 def load_pairs(pointers, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The D numbers at each of pointers (R, C), as (R, C, D) in float32; zeros where not live."""
-    # Threads that do not share a row of D numbers take different ones of the R rows first, so that sums over C stay in a thread.
+    # The hint is for the layout alone, and untrue of R: threads take different rows before different pairs, with every version
+    # of Triton, so that sums over C stay in a thread. Only the last axis is read in wide pieces, of which it is true.
     pointers = tl.max_contiguous(pointers[:, :, None] + d[None, None, :], (live.shape[0], 1, BLOCK_D))
     return load_tile(pointers, d[None, None, :] < D, live[:, :, None], D == BLOCK_D).to(tl.float32)
 
@@ -55,13 +57,12 @@ def find_thresholds(KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, query_length, 
     inside = row < query_length
     first, count = load_lists(FIRST, COUNT, row, inside, slab)
     bound = tl.load(BOUND + row, mask=inside, other=0.0) * bound_scale
-    AT_ONCE: tl.constexpr = 32 // THRESHOLD_ROWS  # a thread of the warp for each
-    c = tl.arange(0, AT_ONCE)[None, :]
+    c = tl.arange(0, THRESHOLD_PAIRS)[None, :]
     at = first[:, None] + c
     most = tl.max(count, 0)
     first_z = tl.load(Z + at, mask=c < count[:, None], other=float("-inf"))  # mostly all
     top = tl.max(first_z, 1)
-    for begin in range(AT_ONCE, most, AT_ONCE):
+    for begin in range(THRESHOLD_PAIRS, most, THRESHOLD_PAIRS):
         z = tl.load(Z + at + begin, mask=begin + c < count[:, None], other=float("-inf"))
         top = tl.maximum(top, tl.max(z, 1))
     top = tl.where(count > 0, top, 0.0)
@@ -71,7 +72,7 @@ def find_thresholds(KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, query_length, 
         p, u = entmax_weights(first_z - top[:, None] - tau[:, None], r, FORMULA)
         mass = tl.sum(p, 1)
         slope = tl.sum(u, 1)
-        for begin in range(AT_ONCE, most, AT_ONCE):
+        for begin in range(THRESHOLD_PAIRS, most, THRESHOLD_PAIRS):
             z = tl.load(Z + at + begin, mask=begin + c < count[:, None], other=float("-inf"))
             p, u = entmax_weights(z - top[:, None] - tau[:, None], r, FORMULA)
             mass += tl.sum(p, 1)
@@ -82,7 +83,7 @@ def find_thresholds(KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, query_length, 
     tau = tl.where(count > 0, tau + top, float("inf"))
 
     kept = tl.zeros_like(count)
-    for begin in range(0, most, AT_ONCE):
+    for begin in range(0, most, THRESHOLD_PAIRS):
         live = begin + c < count[:, None]
         key = tl.load(KEYS + at + begin, mask=live, other=0)
         z = tl.load(Z + at + begin, mask=live, other=float("-inf"))
