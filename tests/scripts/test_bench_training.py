@@ -42,8 +42,13 @@ def test_rows_hold_the_facts_of_the_run(monkeypatch, tmp_path, capsys):
     def train(config):
         if config.attention.name == "softmax":
             raise torch.OutOfMemoryError
+        folder = tmp_path / "run"
+        folder.mkdir()
+        rates = [{"step": step, "perf/tokens_per_s": 1000.0 * step} for step in range(1, 8)]
+        counted = {"step": 7, "attention/support/layer00": 30.0, "attention/support/layer01": 10.0, "val/loss": 4.0}
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*rates, counted])))
         measured = {"perf/tokens_per_s": 1e5, "perf/mfu": None, "mem/max_gib": 30.0, "train/loss": 4.0}
-        return measured | {"attention/density": None, "step": config.steps}
+        return measured | {"attention/density": None, "step": config.steps, "run_dir": str(folder)}
 
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -59,6 +64,8 @@ def test_rows_hold_the_facts_of_the_run(monkeypatch, tmp_path, capsys):
         3,
         1e5,
     )
+    assert flash["tokens_per_s_at_the_end"] == 5000.0
+    assert flash["history"][-1] == {"step": 7, "attention/support": 20.0, "val/loss": 4.0}
     assert softmax["error"] == "out of memory" and softmax["steps"] == 40
     assert {"device", "torch", "triton", "transformers", "commit", "command"} <= set(flash) & set(softmax)
     assert "100,000" in capsys.readouterr().out

@@ -1,0 +1,90 @@
+"""Draws how fast the jobs of bench_training.py trained, step by step.
+
+    python scripts/training_picture.py benchmarks/training/rows.jsonl --out benchmarks/training/speed.png
+
+Beside the points at which the model was evaluated stands how many keys a query gave weight to, where that was counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adasplash.evaluation.plots import attention_colours, length_label, new_axes
+
+Row = dict[str, Any]
+
+
+def speeds(row: Row) -> list[tuple[float, float]]:
+    """(millions of tokens seen, tokens/s) of each logged interval but the first, in which kernels are compiled."""
+    rated = [entry for entry in row["history"] if "perf/tokens_per_s" in entry][1:]
+    return [(entry["step"] * row["batch_tokens"] / 1e6, entry["perf/tokens_per_s"]) for entry in rated]
+
+
+def supports(row: Row) -> list[tuple[float, float]]:
+    """(millions of tokens seen, mean number of keys with weight) of each evaluation that counted them."""
+    counted = [entry for entry in row["history"] if "attention/support" in entry]
+    return [(entry["step"] * row["batch_tokens"] / 1e6, entry["attention/support"]) for entry in counted]
+
+
+def draw(rows: Sequence[Row], path: Path) -> Path:
+    figure, axes = new_axes()
+    colours = attention_colours(row["attention"] for row in rows)
+    several = len({row["seq_len"] for row in rows}) > 1
+    for row in rows:
+        points = speeds(row)
+        label = f"{row['attention']}, {length_label(row['seq_len'])}" if several else row["attention"]
+        colour = colours[row["attention"]]
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
+        if not supports(row):  # the same at every step, so that a few steps stand for a whole run
+            axes.axhline(row["tokens_per_s_at_the_end"], color=colour, linewidth=0.8, linestyle=(0, (5, 2)))
+        for tokens, support in supports(row):
+            nearest = min(points, key=lambda point: abs(point[0] - tokens))
+            axes.annotate(
+                f"{support:.0f}", nearest, (0, 7), textcoords="offset points", ha="center", color=colour, fontsize=8
+            )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("million tokens seen; numbers: keys with weight per query, mean over layers")
+    axes.set_ylabel("training speed, tokens/s")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:.0f}k")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(path)
+    return path
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows with speeds to draw. Raises ValueError where a line is no row, or there is none to draw."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if "error" not in row and speeds(row):
+                rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"Expected a row of bench_training.py in each line of {path}, line {number} is none."
+            ) from None
+    if not rows:
+        raise ValueError(f"There is nothing to draw in {path}: no job got beyond its first logged steps.")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, metavar="ROWS", help="rows.jsonl, as bench_training.py writes it")
+    parser.add_argument("--out", type=Path, required=True, help="the picture: .png, .svg or .pdf")
+    options = parser.parse_args(arguments)
+    try:
+        print(draw(read_rows(options.rows), options.out))
+    except (OSError, ValueError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
