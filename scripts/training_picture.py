@@ -2,7 +2,8 @@
 
     python scripts/training_picture.py benchmarks/training/rows.jsonl --out benchmarks/training/speed.png
 
-Beside the points at which the model was evaluated stands how many keys a query gave weight to, where that was counted.
+Where the model was evaluated stands how many keys a query of entmax attention gave weight to. Dashes: how a shorter job of
+another attention, which is as fast at every step, would have gone on.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def speeds(row: Row) -> list[tuple[float, float]]:
 
 
 def supports(row: Row) -> list[tuple[float, float]]:
-    """(millions of tokens seen, mean number of keys with weight) of each evaluation that counted them."""
-    counted = [entry for entry in row["history"] if "attention/support" in entry]
+    """(millions of tokens seen, mean number of keys with weight) of each evaluation of entmax attention."""
+    counted = [entry for entry in row["history"] if "attention/support" in entry and row["attention"] == "adasplash"]
     return [(entry["step"] * row["batch_tokens"] / 1e6, entry["attention/support"]) for entry in counted]
 
 
@@ -35,17 +36,19 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     figure, axes = new_axes()
     colours = attention_colours(row["attention"] for row in rows)
     several = len({row["seq_len"] for row in rows}) > 1
+    longest = max(tokens for row in rows for tokens, _ in speeds(row))
     for row in rows:
         points = speeds(row)
         label = f"{row['attention']}, {length_label(row['seq_len'])}" if several else row["attention"]
         colour = colours[row["attention"]]
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
-        if not supports(row):  # the same at every step, so that a few steps stand for a whole run
-            axes.axhline(row["tokens_per_s_at_the_end"], color=colour, linewidth=0.8, linestyle=(0, (5, 2)))
+        if row["attention"] != "adasplash":  # as fast at every step, so that a few steps stand for a whole run
+            ends = (points[-1][0], longest), (row["tokens_per_s_at_the_end"],) * 2
+            axes.plot(*ends, color=colour, linewidth=0.8, linestyle=(0, (5, 2)))
         for tokens, support in supports(row):
-            nearest = min(points, key=lambda point: abs(point[0] - tokens))
+            above = max(speed for place, speed in points if abs(place - tokens) <= longest / 40)
             axes.annotate(
-                f"{support:.0f}", nearest, (0, 7), textcoords="offset points", ha="center", color=colour, fontsize=8
+                f"{support:.0f}", (tokens, above), (0, 4), textcoords="offset points", ha="center", color=colour
             )
     axes.set_ylim(bottom=0)
     axes.set_xlabel("million tokens seen; numbers: keys with weight per query, mean over layers")

@@ -16,7 +16,7 @@ def row(attention, supports=()):
 def test_what_is_drawn_of_a_row():
     assert training_picture.speeds(row("flash")) == [(0.32768, 100005.0), (0.65536, 100010.0), (0.98304, 100015.0)]
     assert training_picture.supports(row("adasplash", [8.25])) == [(0.65536, 8.25)]
-    assert training_picture.supports(row("flash")) == []
+    assert training_picture.supports(row("qk_sparse", [8192.0])) == []  # which all have weight
 
 
 def test_the_picture_is_written(tmp_path, capsys):
