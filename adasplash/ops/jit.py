@@ -1,20 +1,9 @@
-"""Small pieces that several kernels and their operators share."""
+"""Small pieces that several kernels share; launch.py has what their operators share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
-
-from .torch_operator import torch_operator
-
-# Which formula a kernel is built for: p = d ** r with d = z - tau and r = 1 / (alpha - 1). It is r where products are enough.
-GENERAL = 0  # any 1 < alpha <= 2, read from a tensor
-LINEAR = 1  # alpha = 2
-QUADRATIC = 2  # alpha = 1.5
-QUARTIC = 4  # alpha = 1.25
 
 # Sizes of a call, which kernels are compiled without looking at: other lengths, batches and numbers of heads compile nothing
 # anew. Strides do count, since aligned rows are loaded in wider pieces; those of aligned head dims always are.
@@ -40,29 +29,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 IN_PYTHON = tl.constexpr(INTERPRETED)
 
 
-def formula_of(alpha: float | None) -> int:
-    """The kernels' formula for a known alpha; None: alpha is only known on the GPU."""
-    return {1.25: QUARTIC, 1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
-
-
 def sizes_without(*aligned: str) -> list[str]:
     """SIZES for a kernel that loads wider pieces of what has so many entries, where that is a multiple of 16."""
     return [size for size in SIZES if size not in aligned]
-
-
-def last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x with stride 1 in its last dim, copied only if need be."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def with_equal_strides(start: torch.Tensor, stop: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two ends of key ranges, (B, H, Tq), such that one set of strides serves both in a kernel."""
-    return (start, stop) if start.stride() == stop.stride() else (start.contiguous(), stop.contiguous())
-
-
-def kernel_operator(name: str) -> Callable:
-    """Decorator: registers a function that launches kernels as the torch operator `name`; on CPU for the interpreter alone."""
-    return torch_operator(name, None if INTERPRETED else "cuda")
 
 
 @triton.jit

@@ -31,6 +31,10 @@ def road(request, monkeypatch):
     take(request.param, monkeypatch)
 
 
+def forward(*arguments):
+    return operator.Forward(*operator.entmax_attention_forward(*arguments))
+
+
 def take(road: str, monkeypatch):
     room, longest_column = ROADS[road]
     monkeypatch.setattr(operator, "KEYS_PER_QUERY", room)
@@ -53,7 +57,7 @@ def take(road: str, monkeypatch):
         if operator.KEYS_PER_QUERY == room:
             monkeypatch.setattr(operator, "_list_blocks", list_blocks)
             rooms = (3, 6, 12, 24) if DEVICE == "cpu" else (2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
-            mixed = (n for n in rooms if is_mixed(operator.entmax_attention_forward(*arguments, n)[6]))
+            mixed = (n for n in rooms if is_mixed(forward(*arguments, n).in_tiles))
             monkeypatch.setattr(operator, "KEYS_PER_QUERY", next(mixed, room))
             monkeypatch.setattr(operator, "_list_blocks", checked)
         return *arguments, operator.KEYS_PER_QUERY
@@ -292,14 +296,12 @@ def test_lists_hold_exactly_the_support(alpha):
     visible = resolve_key_range(q, k, None, True)
     alphas = torch.full((2,), alpha, device=DEVICE)
     none = (None, None, None)
-    _, _, _, keys, first, count, in_tiles, *_ = operator.entmax_attention_forward(
-        q, k, v, visible.start, visible.stop, alphas, *none, 0.25, operator.formula_of(alpha), 64
-    )
-    assert not in_tiles.any()
+    found = forward(q, k, v, visible.start, visible.stop, alphas, *none, 0.25, operator.formula_of(alpha), 64)
+    assert not found.in_tiles.any()
     mask = visible.dense_mask(70).cpu()
     p = dense_probabilities(q.cpu(), k.cpu(), mask, alpha=alpha, scale=0.25)[0]
     block_rows = entmax_tiles(16, q.dtype, q.device)["collect"].block_m
-    listed = listed_keys(keys, first, count, in_tiles, 70, block_rows).cpu()
+    listed = listed_keys(found, 70, block_rows).cpu()
     assert listed[p > 1e-9].all()
     assert ((listed & (p == 0)).sum(-1) <= 1).all()  # a key on the edge may round to either side
 
@@ -407,10 +409,10 @@ def test_key_ranges_at_length(kind, road):
     compare(*inputs(2, 2, 1, 2047, 2047, 64, torch.bfloat16), key_range=key_ranges(2047)[kind])
 
 
-def listed_keys(keys, first, count, in_tiles, key_length, block_rows) -> Tensor:
-    """Which keys stand on the lists, bool (B * H, Tq, Tk), of rows of any length; `keys` holds a slab for each block."""
-    heads, blocks = in_tiles.shape
-    first, count = first.flatten(0, 1), count.flatten(0, 1)
+def listed_keys(found, key_length, block_rows) -> Tensor:
+    """Which keys stand on the lists, bool (B * H, Tq, Tk), of rows of any length."""
+    heads, blocks = found.in_tiles.shape
+    keys, first, count = found.keys, found.first.flatten(0, 1), found.count.flatten(0, 1)
     row = torch.arange(count.shape[1], device=count.device)
     slab = torch.arange(heads, device=count.device)[:, None] * blocks + row // block_rows
     begin = (slab * (keys.numel() // (heads * blocks)) + first).flatten()
@@ -456,9 +458,9 @@ def test_no_key_of_the_support_is_missed(dtype, q_size, k_size, sharpness, dim, 
     alpha = torch.tensor([1.5, 1.5]) if alpha == "learned" else alpha
     how = {"alpha": alpha, "scale": scale, "alibi_slopes": slopes, **places}
     arguments = operator.operator_arguments(q, k, k, key_range, **how)
-    _, _, tau, keys, first, count, in_tiles, _ = operator.entmax_attention_forward(*arguments)
+    found = forward(*arguments)
     block_rows = entmax_tiles(dim, dtype, torch.device(DEVICE))["collect"].block_m
-    on_lists = (in_tiles == 0).repeat_interleave(block_rows, 1)
+    on_lists = (found.in_tiles == 0).repeat_interleave(block_rows, 1)
     assert on_lists.any()
 
     z = (q.double() @ k.double().mT)[0] * scale / 2
@@ -472,7 +474,7 @@ def test_no_key_of_the_support_is_missed(dtype, q_size, k_size, sharpness, dim, 
     candidate = mean - ((1 - spread) / n).clamp(min=0).sqrt()
     support = (candidate <= sorted_z).sum(-1, keepdim=True)
     threshold = candidate.gather(-1, support.clamp(min=1) - 1)
-    listed = listed_keys(keys, first, count, in_tiles, length, block_rows)
+    listed = listed_keys(found, length, block_rows)
     rounding = 3e-5 + 1e-6 * z[z.isfinite()].abs().max()
     belongs = (z > threshold + rounding) & on_lists[..., None]
     assert belongs.any() and not (belongs & ~listed).any()

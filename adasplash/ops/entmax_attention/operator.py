@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ..announce import announce
-from ..jit import GENERAL, INTERPRETED, formula_of, kernel_operator, last_contiguous, with_equal_strides
+from ..jit import INTERPRETED
 from ..key_range import KeyRange
+from ..launch import (
+    GENERAL,
+    formula_of,
+    head_constants,
+    kernel_operator,
+    last_contiguous,
+    tile_constants,
+    with_equal_strides,
+)
 from ..tile_table import ListShape, Tiles, block_dim, entmax_tiles, list_shapes
 from .collect import collect_kernel, key_norm_kernel
 from .columns import WIDEST_SORT, columns_backward_kernel, lay_out_columns_kernel, sort_columns_kernel, transpose_kernel
@@ -72,32 +82,32 @@ def _shapes(q: Tensor, k: Tensor):
     )
 
 
-def _empty_outputs(q: Tensor, k: Tensor, keys_per_query: int):
+class Forward(NamedTuple):
+    """What `entmax_attention_forward` returns: as a plain tuple, for an operator has nothing else."""
+
+    out: Tensor  # as q
+    mean: Tensor  # of v, weighted by u; as q
+    tau: Tensor  # (B, H, Tq) float32; infinite for a query without keys
+    keys: Tensor  # int32, a slab for each block of queries
+    first: Tensor  # (B, H, Tq) int32, where the support of a query begins in the slab of its block
+    count: Tensor  # (B, H, Tq) int32, how many keys it has; 0 in tile mode
+    in_tiles: Tensor  # (B * H, blocks) int32, whether a block is computed in tile mode
+    block_range: Tensor  # (B * H, blocks, 4) int32, which keys a block sees (see `store_block_range`)
+
+
+def _empty_outputs(q: Tensor, k: Tensor, keys_per_query: int) -> Forward:
     batch, heads, _, query_length, _, _, tiles, blocks = _shapes(q, k)
     rows = (batch, heads, query_length)
-    return (
-        torch.empty_like(q),  # out
-        torch.empty_like(q),  # mean
-        q.new_empty(rows, dtype=torch.float32),  # tau
-        q.new_empty(batch * heads * blocks * tiles["collect"].block_m * keys_per_query, dtype=torch.int32),  # keys
-        q.new_empty(rows, dtype=torch.int32),  # first
-        q.new_empty(rows, dtype=torch.int32),  # count
-        q.new_empty((batch * heads, blocks), dtype=torch.int32),  # in_tiles
-        q.new_empty((batch * heads, blocks, 4), dtype=torch.int32),  # block_range
+    return Forward(
+        out=torch.empty_like(q),
+        mean=torch.empty_like(q),
+        tau=q.new_empty(rows, dtype=torch.float32),
+        keys=q.new_empty(batch * heads * blocks * tiles["collect"].block_m * keys_per_query, dtype=torch.int32),
+        first=q.new_empty(rows, dtype=torch.int32),
+        count=q.new_empty(rows, dtype=torch.int32),
+        in_tiles=q.new_empty((batch * heads, blocks), dtype=torch.int32),
+        block_range=q.new_empty((batch * heads, blocks, 4), dtype=torch.int32),
     )
-
-
-def _common(q: Tensor, k: Tensor, formula: int, slopes: Tensor | None) -> dict:
-    return {"D": q.shape[-1], "BLOCK_D": block_dim(q.shape[-1]), "FORMULA": formula, "HAS_ALIBI": slopes is not None}
-
-
-def _dense(q: Tensor, tiles) -> dict:
-    return {
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        **tiles.launch_options(),
-    }
 
 
 def _programs(length: int, shape: ListShape) -> int:
@@ -141,14 +151,13 @@ def entmax_attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q (B, H, Tq, D); k, v (B, G, Tk, D), last stride 1; start, stop (B, H, Tq) int32; alpha (H,); slopes (B, H).
 
-    Returns out and mean (as q), tau (B, H, Tq), and the support: keys (slabs of the blocks), first and count (B, H, Tq),
-    in_tiles (B * H, blocks), block_range (B * H, blocks, 4).
+    Returns the fields of `Forward`.
     """
     batch, heads, groups, query_length, key_length, dim, tiles, blocks = _shapes(q, k)
     out, mean, tau, keys, first, count, in_tiles, block_range = _empty_outputs(q, k, keys_per_query)
     shape = tiles["collect"]
     capacity = shape.block_m * keys_per_query
-    common = _common(q, k, formula, slopes)
+    common = head_constants(q, slopes) | {"FORMULA": formula}
     ratio = heads // groups
     slots = min(_slots(q.device, shape.warps), batch * heads * blocks)
     records = q.new_empty((slots, ENTRIES, shape.block_m, 8), dtype=torch.int32)
@@ -166,7 +175,7 @@ def entmax_attention_forward(
         work, records, keys, first, count, bound, in_tiles, block_range,
         scale, *q.stride()[:3], *k.stride()[:3], *ranges,
         batch * heads, heads, ratio, query_length, key_length, blocks, ENTRIES, capacity,
-        **common, **_dense(q, shape),
+        **common, **tile_constants(q.dtype, shape),
     )  # fmt: skip
     del records
     lists = list_shapes(dim)["forward"]
@@ -182,14 +191,14 @@ def entmax_attention_forward(
     tiles_forward_kernel[(blocks * shape.block_m // tiles["forward"].block_m, heads, batch)](
         q, k, v, start, stop, alpha, *positions, block_list, block_count, bound, out, mean, tau,
         scale, *strides, *ranges, heads, ratio, query_length, key_length, blocks,
-        QUERY_BLOCK=shape.block_m, **common, **_dense(q, tiles["forward"]),
+        QUERY_BLOCK=shape.block_m, **common, **tile_constants(q.dtype, tiles["forward"]),
     )  # fmt: skip
     return out, mean, tau, keys, first, count, in_tiles, block_range
 
 
 @entmax_attention_forward.register_fake
 def _(q, k, v, start, stop, alpha, slopes, query_position, key_position, scale, formula, keys_per_query):
-    return _empty_outputs(q, k, keys_per_query)
+    return tuple(_empty_outputs(q, k, keys_per_query))
 
 
 @kernel_operator("adasplash::entmax_attention_backward")
@@ -220,7 +229,7 @@ def entmax_attention_backward(
     batch, heads, groups, query_length, key_length, dim, tiles, blocks = _shapes(q, k)
     capacity = tiles["collect"].block_m * keys_per_query
     ratio = heads // groups
-    common = _common(q, k, formula, slopes)
+    common = head_constants(q, slopes) | {"FORMULA": formula}
     positions = (slopes, query_position, key_position)
     start, stop = with_equal_strides(start, stop)
     ranges = (start.stride(0), start.stride(1))
@@ -239,7 +248,7 @@ def entmax_attention_backward(
     tiles_backward_rows_kernel[(blocks * tiles["collect"].block_m // tiles["rows"].block_m, heads, batch)](
         q, k, v, start, stop, alpha, *positions, block_list, block_count, tau, mean, d_out, delta, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], *ranges, heads, ratio, query_length, key_length, blocks,
-        QUERY_BLOCK=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **common, **_dense(q, tiles["rows"]),
+        QUERY_BLOCK=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **common, **tile_constants(q.dtype, tiles["rows"]),
     )  # fmt: skip
 
     region = ratio * blocks * capacity  # entries of one (batch, key head)
@@ -280,7 +289,7 @@ def entmax_attention_backward(
             partial, arrived, tau, delta, d_out, dk, dv,
             scale, *inputs, *outputs, *ranges, groups, ratio, query_length, key_length, blocks, sinks_at_most, slots,
             OF_SINKS=of_sinks, QUERY_BLOCK=tiles["collect"].block_m,
-            **common, **_dense(q, tiles["sinks" if of_sinks else "columns"]),
+            **common, **tile_constants(q.dtype, tiles["sinks" if of_sinks else "columns"]),
         )  # fmt: skip
     return dq, dk, dv, d_alpha.sum((0, 2)) if alpha_gradient else tau.new_empty(0)
 

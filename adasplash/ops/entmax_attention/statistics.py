@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import SIZES, load_rows, load_tile, program_head, score_tile, visible_tiles, with_equal_strides
+from ..jit import SIZES, load_rows, load_tile, program_head, score_tile, visible_tiles
 from ..key_range import KeyRange
-from ..tile_table import block_dim
-from .operator import entmax_attention_forward, operator_arguments
+from ..launch import dot_precision, head_constants, with_equal_strides
+from .operator import Forward, entmax_attention_forward, operator_arguments
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -75,20 +75,19 @@ def count_support(
         support (B, H, Tq) int32, active tiles (B, H, blocks) int32, share of queries computed in tile mode (H,).
         A pair on the edge of the support may be counted or not, as its score rounds.
     """
-    batch, heads, query_length, dim = q.shape
+    batch, heads, query_length, _ = q.shape
     arguments = operator_arguments(q, k, k, key_range, alpha=alpha, scale=scale, **places)
     q, k, _, start, stop, alpha, slopes, query_position, key_position, *_ = arguments
     start, stop = with_equal_strides(start, stop)
-    _, _, tau, _, _, _, in_tiles, _ = entmax_attention_forward(*arguments)
+    found = Forward(*entmax_attention_forward(*arguments))
     blocks = triton.cdiv(query_length, tile)
-    support = torch.empty_like(tau, dtype=torch.int32)
+    support = torch.empty_like(found.tau, dtype=torch.int32)
     active = support.new_empty((batch, heads, blocks))
     with torch.cuda.device_of(q):
         count_support_kernel[(blocks, heads, batch)](
-            q, k, start, stop, alpha, slopes, query_position, key_position, tau, support, active,
+            q, k, start, stop, alpha, slopes, query_position, key_position, found.tau, support, active,
             scale, *q.stride()[:3], *k.stride()[:3], *start.stride()[:2],
             heads, heads // k.shape[1], query_length, k.shape[2], blocks,
-            D=dim, BLOCK_D=block_dim(dim), TILE=tile, HAS_ALIBI=slopes is not None,
-            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+            TILE=tile, PRECISION=dot_precision(q.dtype), **head_constants(q, slopes),
         )  # fmt: skip
-    return support, active, in_tiles.view(batch, heads, -1).float().mean((0, 2))
+    return support, active, found.in_tiles.view(batch, heads, -1).float().mean((0, 2))

@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..jit import kernel_operator, last_contiguous, with_equal_strides
 from ..key_range import KeyRange
+from ..launch import head_constants, kernel_operator, last_contiguous, tile_constants, with_equal_strides
 from ..range_attention import text_positions
-from ..tile_table import Tiles, block_dim, softmax_tiles
+from ..tile_table import Tiles, softmax_tiles
 from .kernels import softmax_backward_columns_kernel, softmax_backward_rows_kernel, softmax_forward_kernel
 
 
@@ -21,16 +21,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _constants(q: Tensor, tiles: Tiles, slopes: Tensor | None) -> dict:
-    dim = q.shape[-1]
-    return {
-        "D": dim,
-        "BLOCK_D": block_dim(dim),
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "HAS_ALIBI": slopes is not None,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        **tiles.launch_options(),
-    }
+    return head_constants(q, slopes) | tile_constants(q.dtype, tiles)
 
 
 @kernel_operator("adasplash::softmax_attention")
