@@ -7,9 +7,14 @@ from adasplash.ops.tile_table import ListShape, list_shapes
 
 
 @pytest.fixture
-def large_programs(monkeypatch):
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def large_programs(device, monkeypatch):
     """In the interpreter the list kernels take many rows at once: its time goes by operations, whatever their size."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return
     operator = pytest.importorskip("adasplash.ops.entmax_attention.operator")
     lists = pytest.importorskip("adasplash.ops.entmax_attention.lists")

@@ -16,11 +16,6 @@ pytestmark = pytest.mark.skipif(
 ALPHAS = [1.01, 1.25, 1.5, 1.75, 2.0, "by row"]
 
 
-@pytest.fixture
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @pytest.fixture(params=["held", "swept"])
 def way(request, monkeypatch):
     """Both ways through the kernels: the tests' rows are short enough to be held."""

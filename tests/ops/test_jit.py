@@ -31,9 +31,8 @@ def seeing_blocks_kernel(BLOCK_RANGE, BLOCKS, FOUND, todo, whole_blocks, tile_le
 
 @pytest.mark.parametrize("listed", ["all", "some", "none"])
 @pytest.mark.parametrize("kind", ["causal", "window", "documents", "gaps"])
-def test_query_blocks_that_see_a_tile_of_keys(kind, listed):
+def test_query_blocks_that_see_a_tile_of_keys(kind, listed, device):
     """More blocks than are looked at in one go; of full blocks the first run of consecutive ones."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     blocks, keys, tiles = 300, 640, 10
     number = torch.arange(blocks)
     stop = (number + 1) * keys // blocks

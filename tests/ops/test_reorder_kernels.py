@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from kernel_runs import poisoned, with_gradients
 from torch.utils.checkpoint import checkpoint
 
 from adasplash import KeyRange, hash_sparse_attention, qk_sparse_attention
@@ -19,11 +20,6 @@ pytestmark = pytest.mark.skipif(
 SHAPES = [(1, 1, 1, 1, 1), (2, 2, 1, 63, 63), (1, 2, 1, 507, 507), (1, 3, 3, 5, 256), (1, 2, 2, 129, 3)]
 
 
-@pytest.fixture
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def any_range(shape, device):
     """Ranges of all sorts, some beyond the keys there are."""
     batch, heads, _, query_length, key_length = shape
@@ -36,15 +32,6 @@ def strided(shape, device, dtype=torch.float32):
     batch, heads, length, dim = shape
     x = torch.randn(batch, length, heads, dim + 3, device=device).to(dtype)
     return x[..., :dim].transpose(1, 2)
-
-
-def poisoned(function, *arguments):
-    """What the function returns where memory that nobody writes holds NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        return function(*arguments)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def same_bits(results, others):
@@ -225,24 +212,18 @@ def attentions(device, groups=2, heads=4, length=33, dim=16):
     return {"hash_sparse": hash_sparse, "qk_sparse": qk_sparse}
 
 
-def out_and_gradients(attend, tensors, grad):
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    out = attend(*leaves)
-    return out.detach(), *torch.autograd.grad(out, leaves, grad)
-
-
 @pytest.mark.parametrize("name", ["hash_sparse", "qk_sparse"])
 def test_attention_and_checkpointing(name, device, monkeypatch):
     attend = attentions(device)[name]
     tensors = [strided((2, heads, 33, 16), device) for heads in (4, 2, 2)]
     grad = strided((2, 4, 33, 16), device)
-    expected = out_and_gradients(lambda *x: attend(*x, "reference"), tensors, grad)
+    expected = with_gradients(lambda *x: attend(*x, "reference"), tensors, grad)
     monkeypatch.setattr(attention, "choose_implementation", lambda *_: "triton")
-    results = out_and_gradients(lambda *x: attend(*x, "auto"), tensors, grad)
+    results = with_gradients(lambda *x: attend(*x, "auto"), tensors, grad)
     for one, other in zip(results, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    assert same_bits(results, poisoned(out_and_gradients, lambda *x: attend(*x, "auto"), tensors, grad))
-    again = out_and_gradients(lambda *x: checkpoint(attend, *x, "auto", use_reentrant=False), tensors, grad)
+    assert same_bits(results, poisoned(with_gradients, lambda *x: attend(*x, "auto"), tensors, grad))
+    again = with_gradients(lambda *x: checkpoint(attend, *x, "auto", use_reentrant=False), tensors, grad)
     assert same_bits(results, again)
 
 
@@ -266,7 +247,7 @@ def test_gradients_are_laid_out_as_their_tensors(name, apart, device, monkeypatc
         for x, heads_apart in zip(tensors, apart, strict=True)
     ]
     attend = attentions(device)[name]
-    out, *gradients = out_and_gradients(lambda *x: attend(*x, "auto"), tensors, torch.randn_like(tensors[0]))
+    out, *gradients = with_gradients(lambda *x: attend(*x, "auto"), tensors, torch.randn_like(tensors[0]))
     assert out.transpose(1, 2).is_contiguous()
     for gradient, x in zip(gradients, tensors, strict=True):
         assert gradient.stride() == x.stride()
@@ -316,7 +297,7 @@ def test_reordering_compiles_to_one_graph(device):
     tensors = strided((1, 2, 40, 16), device), torch.randn(1, 1, 40, 16, device=device)
     grad = strided((1, 2, 40, 16), device)
     compiled = torch.compile(there_and_back, backend="aot_eager", fullgraph=True)
-    results, expected = (out_and_gradients(function, tensors, grad) for function in (compiled, there_and_back))
+    results, expected = (with_gradients(function, tensors, grad) for function in (compiled, there_and_back))
     assert same_bits(results, expected)
 
 
@@ -335,12 +316,12 @@ def test_kernels_throughout(name, device):
     attend = attentions(device, length=length, dim=64)[name]
     tensors = [strided((2, heads, length, 64), device, torch.bfloat16) for heads in (4, 2, 2)]
     grad = strided((2, 4, length, 64), device, torch.bfloat16)
-    expected = out_and_gradients(lambda *x: attend(*x, "reference"), tensors, grad)
-    results = out_and_gradients(lambda *x: attend(*x, "triton"), tensors, grad)
+    expected = with_gradients(lambda *x: attend(*x, "reference"), tensors, grad)
+    results = with_gradients(lambda *x: attend(*x, "triton"), tensors, grad)
     check_close(results, expected)
-    assert same_bits(results, out_and_gradients(lambda *x: attend(*x, "triton"), tensors, grad))
+    assert same_bits(results, with_gradients(lambda *x: attend(*x, "triton"), tensors, grad))
     compiled = torch.compile(lambda *x: attend(*x, "triton"), fullgraph=True)
-    check_close(out_and_gradients(compiled, tensors, grad), expected)
+    check_close(with_gradients(compiled, tensors, grad), expected)
 
 
 @pytest.mark.gpu
@@ -349,7 +330,7 @@ def test_nothing_waits_for_the_gpu(name, device):
     attend = attentions(device)[name]
     tensors = [strided((2, heads, 33, 16), device, torch.bfloat16) for heads in (4, 2, 2)]
     grad = strided((2, 4, 33, 16), device, torch.bfloat16)
-    run = lambda: out_and_gradients(lambda *x: attend(*x, "triton"), tensors, grad)
+    run = lambda: with_gradients(lambda *x: attend(*x, "triton"), tensors, grad)
     run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dense_attention import dense_attention
+from kernel_runs import poisoned, with_gradients
 
 from adasplash.ops.jit import INTERPRETED
 from adasplash.ops.key_range import KeyRange
@@ -13,11 +14,6 @@ from adasplash.ops.tile_table import Tiles
 pytestmark = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
 )
-
-
-@pytest.fixture
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -40,22 +36,6 @@ def inputs(shape, dtype, device):
     q, grad = (between_nans(batch, query_length, heads, dim, dtype, device) for _ in range(2))
     k, v = (between_nans(batch, key_length, groups, dim, dtype, device) for _ in range(2))
     return q, k, v, grad
-
-
-def with_gradients(attend, q, k, v, grad):
-    """out, dq, dk, dv of attend(q, k, v)."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attend(*leaves)
-    return out.detach(), *torch.autograd.grad(out, leaves, grad)
-
-
-def poisoned(attend, *tensors):
-    """The same, where memory that nobody writes holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        return with_gradients(attend, *tensors)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def eager(q, k, v, mask, scale, slopes=None, distance=None):
@@ -87,16 +67,16 @@ def check(shape, dtype, device, key_range, slopes=None, scale=None):
     def attend(q, k, v):
         return softmax_attention_kernels(q, k, v, key_range, scale=scale, alibi_slopes=on_device)
 
-    results = poisoned(attend, q, k, v, grad)
+    results = poisoned(with_gradients, attend, (q, k, v), grad)
     if slopes is None:
         how, distance = {}, None
     else:  # the reference builds its distances on the CPU
         q, k, v, grad, mask, *results = (x.cpu() for x in (q, k, v, grad, mask, *results))
         how = {"slopes": slopes}
         distance = (torch.arange(query_length)[:, None] + key_length - query_length - torch.arange(key_length)).abs()
-    wide = (x.double() for x in (q, k, v, grad))
-    exact = with_gradients(lambda q, k, v: dense_attention(q, k, v, mask, scale=scale, **how), *wide)
-    yardstick = with_gradients(lambda q, k, v: eager(q, k, v, mask, scale, slopes, distance), q, k, v, grad)
+    wide = [x.double() for x in (q, k, v, grad)]
+    exact = with_gradients(lambda q, k, v: dense_attention(q, k, v, mask, scale=scale, **how), wide[:3], wide[3])
+    yardstick = with_gradients(lambda q, k, v: eager(q, k, v, mask, scale, slopes, distance), (q, k, v), grad)
     assert_as_good_as_eager(results, exact, yardstick, grad)
     blind = ~mask.any(-1)
     assert (results[0][blind] == 0).all() and (results[1][blind] == 0).all()
@@ -163,7 +143,9 @@ def test_places_in_the_text(device, small_tiles):
         out = softmax_attention_kernels(q, k, v, key_range, scale=0.2, alibi_slopes=slopes, **places)
         return out[:, :, query_order.argsort()]
 
-    for one, other in zip(with_gradients(plain, q, k, v, grad), with_gradients(reordered, q, k, v, grad), strict=True):
+    for one, other in zip(
+        with_gradients(plain, (q, k, v), grad), with_gradients(reordered, (q, k, v), grad), strict=True
+    ):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
@@ -175,7 +157,7 @@ def test_repeated_runs_with_large_scores(device, small_tiles):
     def attend(q, k, v):
         return softmax_attention_kernels(100 * q, 100 * k, v, key_range, scale=1.0)
 
-    first, second = with_gradients(attend, q, k, v, grad), with_gradients(attend, q, k, v, grad)
+    first, second = with_gradients(attend, (q, k, v), grad), with_gradients(attend, (q, k, v), grad)
     for one, other in zip(first, second, strict=True):
         assert one.isfinite().all() and torch.equal(one, other)
 
@@ -184,7 +166,8 @@ def test_tiles_that_nobody_sees_are_never_visited(device, small_tiles):
     q, k, v, grad = inputs((1, 2, 1, 40, 70, 16), torch.float32, device)
     k[:, :, 32:], v[:, :, 32:] = torch.nan, torch.nan  # all see the first 20 keys
     key_range = KeyRange.bidirectional(40, 20, device=device).expand(1, 2)
-    for x in poisoned(lambda q, k, v: softmax_attention_kernels(q, k, v, key_range, scale=0.25), q, k, v, grad):
+    attend = lambda q, k, v: softmax_attention_kernels(q, k, v, key_range, scale=0.25)
+    for x in poisoned(with_gradients, attend, (q, k, v), grad):
         assert x.isfinite().all()
     assert (x[:, :, 20:] == 0).all()  # dv
 
@@ -243,6 +226,6 @@ def test_repeated_runs_at_full_size(device):
     def attend(q, k, v):
         return softmax_attention_kernels(q, k, v, key_range, scale=0.125)
 
-    first = with_gradients(attend, q, k, v, grad)
+    first = with_gradients(attend, (q, k, v), grad)
     for _ in range(3):
-        assert all(torch.equal(x, y) for x, y in zip(first, with_gradients(attend, q, k, v, grad), strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(first, with_gradients(attend, (q, k, v), grad), strict=True))

@@ -56,9 +56,8 @@ def test_counts(shape, alpha, scores_at_once, monkeypatch):
 
 @pytest.mark.usefixtures("large_programs")
 @pytest.mark.parametrize("alpha", [1.5, "per head"])
-def test_kernels_count_what_the_reference_counts(alpha):
+def test_kernels_count_what_the_reference_counts(alpha, device):
     statistics = pytest.importorskip("adasplash.ops.entmax_attention.statistics", reason="needs triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k = 3 * torch.randn(1, 4, 70, 16, device=device), torch.randn(1, 2, 70, 16, device=device)
     key_range = (KeyRange.causal(70, device=device) & KeyRange.window(70, 50, device=device)).expand(1, 4)
     alpha = torch.linspace(1.2, 2.0, 4, device=device).view(1, 4, 1, 1) if alpha == "per head" else alpha
