@@ -195,6 +195,21 @@ def test_gradient_of_an_alpha_near_one_in_tile_mode(monkeypatch):
     compare(*inputs(1, 1, 1, 66, 66, 16, torch.float16), alpha=torch.tensor([1.05], device=DEVICE))
 
 
+@pytest.mark.parametrize("alpha, few, gap", [(1.5, 4, 0.6), (1.5, 1, 0.95), (1.5, 4, 0.95), (1.45, 2, 0.8)])
+def test_few_keys_above_many_in_tile_mode(alpha, few, gap, monkeypatch):
+    """Weights as uneven as can be, which slows down the search for tau; the values go with the scores, and the keys have
+    something in common, so that sum u (dP - delta), which is 0 but for errors, shows in dq."""
+    take("tiles", monkeypatch)
+    dtype = torch.float16 if DEVICE == "cpu" else torch.bfloat16
+    q, k, v, d_out = inputs(1, 1, 1, 64, 96, 16, torch.float32, sharpness=1.0)
+    k *= 0.1
+    q[..., 0], q[..., 1] = 4.0, 0.1
+    k[..., 0], k[..., 1] = 0.0, 2.0
+    k[:, :, :few, 0] = gap / (alpha - 1.0)
+    v[:, :, :few] += 1.0
+    compare(*(x.to(dtype) for x in (q, k, v, d_out)), alpha=alpha, causal=False)
+
+
 @pytest.mark.parametrize("slope", [None, 0.125])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("road", ["lists", "tiles"])

@@ -99,14 +99,14 @@ def tiles_forward_kernel(
         tau = tl.where(seeing & (bound == bound), bound * z_scale, float("inf"))
 
         # A step s (relative to the mean distance from tau) leaves an error of about s ** 2 / 3 after Newton's method,
-        # s ** 3 / 10 after Halley's, and the correction at the end squares that for `out`. The mean of v is not corrected, so
-        # that the limits follow the precision of the dtype. Near alpha = 2, u jumps at tau: there they are tighter.
+        # s ** 3 / 10 after Halley's, and the correction at the end squares that for `out`: the limits follow the precision of
+        # the dtype. `mean` is not corrected; the backward pass does that. Near alpha = 2, u jumps at tau: there they are tighter.
         if Q.dtype.element_ty == tl.float32:
             close = 1e-5
         elif Q.dtype.element_ty == tl.float16:
             close = 0.05 if FORMULA == 2 else 1e-2
         else:
-            close = 0.6 if FORMULA == 2 else tl.where(alpha < 1.6, 0.2, 1e-2)
+            close = 0.6 if FORMULA == 2 else tl.where(alpha < 1.6, 0.1, 1e-2)
         steps = 0
         while steps < NEWTON_STEPS:
             mass = tl.zeros((BLOCK_M,), tl.float32)
@@ -212,7 +212,8 @@ def tiles_backward_rows_kernel(
         d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D)
         like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
         mean = load_tile(MEAN + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
-        delta = tl.sum(d_out.to(tl.float32) * mean.to(tl.float32), 1)
+        # Near delta = sum u dP / sum u already: sums of (dP - near) do not cancel as sums of dP would.
+        near = tl.sum(d_out.to(tl.float32) * mean.to(tl.float32), 1)
         k_at = K + b * k_b + group * k_h + n[None, :].to(tl.int64) * k_t + d[:, None]
         v_at = V + b * v_b + group * v_h + n[None, :].to(tl.int64) * v_t + d[:, None]
         alpha = tl.load(ALPHA + h).to(tl.float32)
@@ -226,12 +227,13 @@ def tiles_backward_rows_kernel(
             query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
             KEY_POSITION += (b * (heads // ratio) + group) * key_length
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        p_dp = tl.zeros((BLOCK_M,), tl.float32)
-        entropy_dp = tl.zeros((BLOCK_M,), tl.float32)
-        p_sum = tl.zeros((BLOCK_M,), tl.float32)
-        entropy = tl.zeros((BLOCK_M,), tl.float32)
+        k_mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         u_sum = tl.zeros((BLOCK_M,), tl.float32)
-        u_dp = tl.zeros((BLOCK_M,), tl.float32)
+        delta = tl.zeros((BLOCK_M,), tl.float32)
+        p_sum = tl.zeros((BLOCK_M,), tl.float32)
+        p_dp = tl.zeros((BLOCK_M,), tl.float32)
+        entropy = tl.zeros((BLOCK_M,), tl.float32)
+        entropy_dp = tl.zeros((BLOCK_M,), tl.float32)
         for part in tl.static_range(3):
             begin = first if part == 0 else (full_first if part == 1 else full_last)
             end = full_first if part == 0 else (full_last if part == 1 else last)
@@ -250,21 +252,25 @@ def tiles_backward_rows_kernel(
                     visible = (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
                     distance = tl.where(visible, distance, 0.0)
                 p, u = entmax_weights(distance, r, FORMULA)
-                dp = tl.dot(d_out, v, input_precision=PRECISION) - delta[:, None]
-                dq = tl.dot((u * dp).to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+                dp = tl.dot(d_out, v, input_precision=PRECISION) - near[:, None]
+                ds = u * dp
+                dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+                k_mean = tl.dot(u.to(k.dtype), tl.trans(k), k_mean, input_precision=PRECISION)
+                u_sum += tl.sum(u, 1)
+                delta += tl.sum(ds, 1)
                 if ALPHA_GRADIENT:
-                    p_dp += tl.sum(p * dp, 1)
+                    h_ = -p * tl.log(tl.maximum(p, 1e-37))
                     p_sum += tl.sum(p, 1)
-                    entropy -= tl.sum(p * tl.log(tl.maximum(p, 1e-37)), 1)
-                    u_sum += tl.sum(u, 1)
-                    u_dp += tl.sum(u * dp, 1)
-                    entropy_dp -= tl.sum(p * tl.log(tl.maximum(p, 1e-37)) * dp, 1)
+                    p_dp += tl.sum(p * dp, 1)
+                    entropy += tl.sum(h_, 1)
+                    entropy_dp += tl.sum(h_ * dp, 1)
+        delta = delta / tl.where(u_sum > 0.0, u_sum, 1.0)
+        dq = (dq - delta[:, None] * k_mean) * scale
         full = inside[:, None] & (d < D)[None, :]
-        tl.store(DQ + like_q, (dq * scale).to(DQ.dtype.element_ty), mask=full)
-        tl.store(DELTA + at, delta, mask=inside)
+        tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
+        tl.store(DELTA + at, delta + near, mask=inside)
         if ALPHA_GRADIENT:
-            off = u_dp / tl.where(u_sum > 0.0, u_sum, 1.0)  # what delta lost when the mean of v was rounded
-            by_alpha = (p_dp - off * p_sum) * r * r + (entropy_dp - off * entropy) * r
+            by_alpha = (p_dp - delta * p_sum) * r * r + (entropy_dp - delta * entropy) * r
             tl.store(D_ALPHA + at, by_alpha, mask=inside)
 
 
