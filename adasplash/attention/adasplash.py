@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import check_alpha
 from ..ops.entmax_attention import entmax_attention
 from .backend import AttentionBackend, Options
 
@@ -36,6 +37,8 @@ class AdaSplashOptions(Options):
             value = getattr(self, name)
             if value is not None and not 1.0 < value <= 2.0:
                 raise ValueError(f"Expected 1 < {name} <= 2, got {name} = {value:g}; for softmax use attention=flash.")
+            if value is not None:
+                check_alpha(value)
         if self.alpha_start is not None and self.alpha_steps < 1:
             raise ValueError(f"alpha_start needs alpha_steps of at least 1, got {self.alpha_steps}.")
         if self.alpha_start is None and self.alpha_steps:

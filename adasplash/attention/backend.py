@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.announce import announce
-from ..ops.checks import check_choice, resolve_key_range, resolve_scale
+from ..ops.checks import check_alpha, check_choice, resolve_key_range, resolve_scale
 from ..ops.implementation import IMPLEMENTATIONS, choose_implementation, why_no_kernels
 from ..ops.key_range import KeyRange
 from ..ops.reordered_attention.reference import Reordering, take_rows
@@ -67,6 +67,7 @@ class NormaliserOptions(Options):
             )
         if not 1.0 < self.alpha <= 2.0:
             raise ValueError(f"Expected 1 < alpha <= 2, got alpha = {self.alpha:g}.")
+        check_alpha(self.alpha)
 
     @property
     def normaliser_alpha(self):
@@ -129,12 +130,16 @@ class AttentionBackend(nn.Module):
         """Tells the training step, for options that follow a schedule."""
 
     def choose_implementation(self, q: Tensor) -> str:
-        """'triton' or 'reference', announced. Raises ValueError where triton is asked for and cannot run."""
+        """What to ask the operators for, once it is said what that is here.
+
+        Raises ValueError where triton is asked for and cannot run. Whether kernels take all of a call they decide themselves:
+        auto stays auto.
+        """
         chosen = choose_implementation(self.options.implementation, q.device, q.dtype, self.head_dim)
         reason = why_no_kernels(q.device, q.dtype, self.head_dim)
         because = f" ({reason})" if reason and self.options.implementation == "auto" else ""
         announce(f"attention={self.name}: implementation '{chosen}' on {q.device.type}{because}.")
-        return chosen
+        return self.options.implementation
 
     @torch.no_grad()
     def statistics(self, q, k, *, key_range=None, causal=True, scale=None, count: Callable = support_statistics):

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .key_range import KeyRange
 
+# Of entmax. Nearer to 1 float32 does not carry it: weights are a power 1 / (alpha - 1) of what it rounds, and are off by 1 % there.
+NEAREST_ALPHA = 1.0001
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """' Did you mean X?' where a valid name is close, else ''."""
@@ -104,8 +107,8 @@ def resolve_scale(q: Tensor, scale: float | None) -> float:
         raise ValueError("Expected scale as a number, got a tensor; multiply q by it, and give scale=1.0.")
     if not isinstance(scale, Real):
         raise ValueError(f"Expected scale as a number, got {type(scale).__name__}.")
-    if not scale > 0.0:
-        raise ValueError(f"Expected a positive scale, got {scale}.")
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"Expected a positive, finite scale, got {scale}.")
     return float(scale)
 
 
@@ -126,7 +129,7 @@ def resolve_alpha(q: Tensor, alpha: float | Tensor) -> float | Tensor:
 
 
 def check_alpha(alpha: float | Tensor) -> None:
-    """Raises ValueError unless 1 <= alpha <= 2, for a tensor 1 < alpha (its gradient has a pole at 1).
+    """Raises ValueError unless alpha is 1 or NEAREST_ALPHA <= alpha <= 2; a tensor has no 1 (its gradient has a pole there).
 
     A tensor on a GPU is not read, since that would wait for it.
     """
@@ -135,13 +138,15 @@ def check_alpha(alpha: float | Tensor) -> None:
             raise ValueError(f"Expected alpha as a number or a tensor, got {type(alpha).__name__}.")
         if not 1.0 <= alpha <= 2.0:
             raise ValueError(f"Expected 1 <= alpha <= 2 (1 is softmax, 2 is sparsemax), got alpha = {alpha:g}.")
+        if 1.0 < alpha < NEAREST_ALPHA:
+            raise ValueError(f"Expected alpha = 1 (softmax) or at least {NEAREST_ALPHA}, got alpha = {alpha}.")
     elif not alpha.is_floating_point():
         raise ValueError(f"Expected a floating point alpha, got {alpha.dtype}.")
     elif alpha.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ~((alpha > 1.0) & (alpha <= 2.0))
+        outside = ~((alpha >= NEAREST_ALPHA) & (alpha <= 2.0))
         if outside.any():
             came = alpha.detach()[outside].flatten()[0].item()
-            raise ValueError(f"Expected 1 < alpha <= 2 throughout a tensor alpha, got {came:g}.")
+            raise ValueError(f"Expected {NEAREST_ALPHA} <= alpha <= 2 throughout a tensor alpha, got {came:g}.")
 
 
 def check_directions(q: Tensor, k: Tensor, directions: Tensor) -> None:

@@ -51,8 +51,11 @@ class KeyRange:
                 "KeyRange expects start and stop of one shape (B or 1, H or 1, Tq), "
                 f"got {tuple(self.start.shape)} and {tuple(self.stop.shape)}."
             )
-        object.__setattr__(self, "start", self.start.to(torch.int32))
-        object.__setattr__(self, "stop", self.stop.to(torch.int32))
+        for name in ("start", "stop"):
+            bound = getattr(self, name)
+            if bound.dtype == torch.int64:  # the largest integer stands for "no limit"
+                bound = bound.clamp(-(2**31), 2**31 - 1)
+            object.__setattr__(self, name, bound.to(torch.int32))
 
     # ------------------------------------------------------------------------------------------------ constructors
 

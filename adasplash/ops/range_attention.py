@@ -108,7 +108,8 @@ def range_attention(
 
 def attend_ranges(q, k, v, key_range, alpha, scale, alibi_slopes, query_positions, key_positions) -> Tensor:
     if q.numel() == 0 or k.shape[2] == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[-1])
+        nothing = sum(x[:, :, :0].sum() for x in (q, k, v))  # 0, with gradients for all
+        return q.new_zeros(*q.shape[:3], v.shape[-1]) + nothing
     if query_positions is None:
         query_positions, key_positions = text_positions(q, k)
     out = []

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adasplash.ops.range_attention as range_attention_module
 from adasplash import KeyRange, entmax_attention, hash_sparse_attention, qk_sparse_attention, softmax_attention
+from adasplash.attention import BACKENDS, backend_options
 from adasplash.ops.checks import (
     check_attention_inputs,
     resolve_alpha,
@@ -316,6 +317,10 @@ def test_no_keys_and_no_queries():
     assert softmax_attention(q[:, :, :0], q, q).shape == (1, 2, 0, 4)
     for attend in (softmax_attention, entmax_attention, qk_sparse_attention):
         assert attend(q[:0], q[:0], q[:0]).shape == (0, 2, 3, 4)
+        for queries, keys in ((q[:0], q[:0]), (q, q[:, :, :0]), (q[:, :, :0], q)):
+            leaves = [x.clone().requires_grad_() for x in (queries, keys, keys)]
+            attend(*leaves).sum().backward()
+            assert all((x.grad == 0).all() for x in leaves)
 
 
 def test_shared_keys_of_queries_of_zeros_are_zeros():
@@ -355,7 +360,8 @@ def test_errors():
         (lambda: softmax_attention(q, k, v, key_range=q > 0), "KeyRange or None, got Tensor; make one by KeyRange.pad"),
         (lambda: softmax_attention(q, k, v, key_range=(0, 5)), "KeyRange or None, got tuple"),
         (lambda: softmax_attention(q, k, v, key_range="causal"), "KeyRange or None, got str"),
-        (lambda: softmax_attention(q, k, v, scale=-1.0), "a positive scale, got -1.0"),
+        (lambda: softmax_attention(q, k, v, scale=-1.0), "a positive, finite scale, got -1.0"),
+        (lambda: softmax_attention(q, k, v, scale=float("inf")), "a positive, finite scale, got inf"),
         (lambda: softmax_attention(q, k, v, scale="1"), "scale as a number, got str"),
         (lambda: softmax_attention(q, k, v, scale=torch.tensor(1.0)), "got a tensor; multiply q by it"),
         (lambda: entmax_attention(q, k, v, alpha=3), "1 <= alpha <= 2"),
@@ -397,6 +403,17 @@ def test_checks_stay_inside_one_graph():
     compiled = torch.compile(checked, fullgraph=True, backend="aot_eager")
     for alpha in (1.5, 1.25, 2, torch.tensor(1.5), torch.full((3,), 1.5)):
         torch.testing.assert_close(compiled(q, kept, alpha, 0.5), checked(q, kept, alpha, 0.5))
+
+
+@pytest.mark.parametrize("backend", ["adasplash", "hash_sparse", "qk_sparse"])
+def test_backends_leave_to_the_reference_what_kernels_do_not_take(backend, monkeypatch):
+    """As on a GPU: values may have another head dim than queries, whichever backend is configured."""
+    monkeypatch.setattr("adasplash.attention.backend.why_no_kernels", lambda *arguments: None)
+    monkeypatch.setattr("adasplash.ops.attend.choose_implementation", lambda *arguments: "triton")
+    monkeypatch.setattr("adasplash.attention.backend.choose_implementation", lambda *arguments: "triton")
+    module = BACKENDS[backend](backend_options(backend), heads=2, key_heads=2, head_dim=16)
+    q, v = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 8)
+    assert module(q, q, v).shape == (1, 2, 5, 8)
 
 
 @pytest.mark.parametrize("obstacle", ["head dim", "ALiBi slopes"])

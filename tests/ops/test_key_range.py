@@ -179,3 +179,9 @@ def test_errors():
     q = torch.zeros(2, 3, 5, 4)
     with pytest.raises(ValueError, match=r"key_range of shape \(1 or 2, 1 or 3, 5\), got \(1, 1, 3\)"):
         resolve_key_range(q, q, KeyRange.causal(3), True)
+
+
+def test_the_largest_integer_is_no_limit():
+    stop = torch.full((1, 1, 3), torch.iinfo(torch.int64).max)
+    assert KeyRange(torch.zeros_like(stop), stop).dense_mask(4).all()
+    assert KeyRange(torch.full_like(stop, torch.iinfo(torch.int64).min), stop).dense_mask(4).all()

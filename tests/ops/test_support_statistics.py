@@ -82,6 +82,16 @@ def test_kernels_count_what_the_reference_counts(alpha, device):
     assert (tile_mode == 0).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, dim", [(torch.float32, 256), (torch.bfloat16, 256), (torch.float32, 128)])
+def test_kernels_count_in_wide_heads(dtype, dim):
+    q, k = torch.randn(2, 1, 2, 300, dim, device="cuda").to(dtype).unbind()
+    key_range = KeyRange.causal(300, device="cuda").expand(1, 2)
+    how = {"alpha": 1.5, "scale": 4 * dim**-0.5}
+    counted, expected = (support_statistics(q, k, key_range, implementation=i, **how) for i in ("triton", "reference"))
+    torch.testing.assert_close(counted.support, expected.support, atol=0.02, rtol=0)
+
+
 def test_density_notices_empty_tiles():
     q = torch.zeros(1, 1, 4 * TILE, 2)
     k = torch.zeros(1, 1, 4 * TILE, 2)

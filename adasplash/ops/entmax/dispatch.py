@@ -16,7 +16,8 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, implementat
     Args:
         x: any shape and floating dtype; computed in float32 (float64 stays). -inf marks masked entries.
         alpha: 1 <= alpha <= 2, where 1 is softmax, 2 sparsemax. A number, or a tensor that broadcasts to x with size 1
-            at `dim` (a learned alpha per head, say); a tensor's values must exceed 1, and it receives a gradient.
+            at `dim` (a learned alpha per head, say); a tensor's values must exceed 1, and it receives a gradient. What is
+            not 1 is at least 1.0001.
         dim: the dimension that sums to 1.
         implementation: auto | triton | reference; auto takes the kernels where they run. Softmax is torch's own.
 

@@ -88,6 +88,7 @@ def count_support(
             q, k, start, stop, alpha, slopes, query_position, key_position, found.tau, support, active,
             scale, *q.stride()[:3], *k.stride()[:3], *start.stride()[:2],
             heads, heads // k.shape[1], query_length, k.shape[2], blocks,
+            num_stages=1,  # float32 tiles of head dim 256 fit into shared memory once
             TILE=tile, PRECISION=dot_precision(q.dtype), **head_constants(q, slopes),
         )  # fmt: skip
     return support, active, found.in_tiles.view(batch, heads, -1).float().mean((0, 2))
