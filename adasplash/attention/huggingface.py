@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
+from ..ops.announce import announce
 from ..ops.key_range import KeyRange, check_padding
 from . import BACKENDS, backend_options, without_idle_alpha
 from .backend import AttentionBackend, Options
@@ -26,13 +27,19 @@ NAME = "adasplash"
 CONFIG_FIELD = "adasplash_attention"  # in config.json: {"name": backend, **options}
 SUBMODULE = "attention_backend"  # on each attention layer
 
-# Arguments that change what attention means, and that no backend has.
+# Arguments that change what attention means, and that no backend has; and what on a layer says that it will pass one.
 UNSUPPORTED = {
     "softcap": "a cap on the scores",
     "s_aux": "attention sinks",
     "position_bias": "a bias of relative positions",
     "indices": "keys chosen by an indexer",
     "block_indices": "blocks of keys chosen by an indexer",
+}
+
+PASSED_BY_LAYERS_WITH = {
+    "attn_logit_softcapping": "softcap",
+    "sinks": "s_aux",
+    "has_relative_attention_bias": "position_bias",
 }
 
 # The parts of transformers' mask functions that a KeyRange can describe. Sliding windows and packed documents reach the
@@ -109,12 +116,25 @@ def padding_mask(
     return attention_mask
 
 
-def _refuse_unsupported(module: nn.Module, attention_mask, dropout: float, kwargs: dict) -> None:
-    if dropout:
+def _refuse(module: nn.Module, name: str) -> None:
+    raise ValueError(
+        f"The attention backends do not support {name} ({UNSUPPORTED[name]}), which {type(module).__name__} passes; "
+        'use attn_implementation="eager" for this model.'
+    )
+
+
+def _refuse_weights(module: nn.Module, arguments: tuple, kwargs: dict) -> None:
+    """Ahead of a model's forward, as many models do not hand output_attentions on to their layers."""
+    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         raise ValueError(
-            f"The attention backends have no dropout, but {type(module).__name__} asks for {dropout}. "
-            "Set the model's attention dropout to 0 (attn_pdrop, attention_dropout or attention_probs_dropout_prob)."
+            "The attention backends never hold the weights of attention that output_attentions=True asks for; "
+            'use attn_implementation="eager" for them, or adasplash.attention_statistics for how many are not zero.'
         )
+
+
+def _refuse_unsupported(module: nn.Module, attention_mask, packed, kwargs: dict) -> None:
+    if packed not in (None, True, False):
+        raise ValueError(f"Expected packed as True, False or None, got {packed!r}.")
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         shape = tuple(getattr(attention_mask, "shape", ()))
         raise ValueError(
@@ -126,17 +146,10 @@ def _refuse_unsupported(module: nn.Module, attention_mask, dropout: float, kwarg
             "Expected packed documents as position_ids that start again at each document, got cu_seq_lens_q; "
             "leave cu_seq_lens_q out (return_flash_attn_kwargs=False in the collator)."
         )
-    if kwargs.get("output_attentions"):
-        raise ValueError(
-            "The attention backends never hold the weights of attention that output_attentions=True asks for; "
-            'use attn_implementation="eager" for them, or adasplash.models.attention_statistics for how many are not zero.'
-        )
-    for name, meaning in UNSUPPORTED.items():
+    _refuse_weights(module, (), kwargs)
+    for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise ValueError(
-                f"The attention backends do not support {name} ({meaning}), which {type(module).__name__} passes; "
-                'use attn_implementation="eager" for this model.'
-            )
+            _refuse(module, name)
 
 
 def key_range_of(
@@ -193,10 +206,16 @@ def attention_forward(
     `packed` can be given to the model's forward: True or False says, without looking, whether position_ids mark packed
     documents (looking waits for a GPU in every layer, and breaks a compiled graph).
 
+    Dropout of the weights, which no backend has, is left out, and that is said.
+
     Raises:
-        ValueError: for what the backends cannot honour: 4-D masks, dropout, softcap, sinks, position biases.
+        ValueError: for what the backends cannot honour: 4-D masks, softcap, sinks, position biases.
     """
-    _refuse_unsupported(module, attention_mask, dropout, kwargs)
+    _refuse_unsupported(module, attention_mask, packed, kwargs)
+    if dropout:
+        announce(
+            f"{type(module).__name__} trains without its attention dropout of {dropout:g}: no backend has dropout."
+        )
     if attention_mask is not None:
         seen = attention_mask.shape[1]
         if seen > key.shape[2] or (seen < key.shape[2] and seen < query.shape[2]):
@@ -274,6 +293,9 @@ def layer_shape(layer: nn.Module) -> dict[str, int]:
 
 def _refuse_layer(layer: nn.Module, options: Options) -> None:
     """Raises ValueError for what the configuration of a model shows beforehand: a compiler would not see it later."""
+    for mark, name in PASSED_BY_LAYERS_WITH.items():
+        if getattr(layer, mark, None) is not None:
+            _refuse(layer, name)
     config = layer.config.get_text_config()
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
@@ -312,6 +334,7 @@ def patch_attention(model: PreTrainedModel, backend: str = "adasplash", **option
             f"Expected a transformers model, got {model!r:.60}; load it first, "
             "for example with AutoModelForCausalLM.from_pretrained or adasplash.from_pretrained."
         )
+    _refuse_weights(model, (), {})
     register()
     parsed = backend_options(backend, options)
     layers = attention_layers(model)
@@ -330,4 +353,6 @@ def patch_attention(model: PreTrainedModel, backend: str = "adasplash", **option
         device = next(layer.parameters()).device
         setattr(layer, SUBMODULE, module.to(device).train(layer.training))
     setattr(model.config, CONFIG_FIELD, {"name": backend, **dataclasses.asdict(parsed)})
+    if _refuse_weights not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
     return model

@@ -365,13 +365,14 @@ def test_patching_again_replaces():
 # ---------------------------------------------------------------------------------------------- errors
 
 
-def test_dropout_is_refused_with_a_way_out():
-    model = adasplash.patch_attention(tiny("gpt2"), "flash").train()
-    for layer in model.transformer.h:
-        layer.attn.attn_dropout.p = 0.1
-    with pytest.raises(ValueError, match="no dropout, but GPT2Attention asks for 0.1.*attn_pdrop"):
-        model(tokens())
-    model.eval()(tokens())
+def test_attention_dropout_is_left_out_and_that_is_said(caplog, monkeypatch):
+    monkeypatch.setattr("adasplash.ops.announce._announced", set())
+    model = adasplash.patch_attention(tiny("gpt2", attn_pdrop=0.1, resid_pdrop=0.0, embd_pdrop=0.0), "flash")
+    ids = tokens()
+    expected = model.eval()(ids).logits
+    assert "dropout" not in caplog.text
+    torch.testing.assert_close(model.train()(ids).logits, expected)
+    assert "GPT2Attention trains without its attention dropout of 0.1: no backend has dropout." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -381,6 +382,7 @@ def test_dropout_is_refused_with_a_way_out():
         ({"attention_mask": torch.ones(2, 20)}, "one entry per key, 24, got one of length 20"),
         ({"attention_mask": torch.ones(2, 24).index_fill(1, torch.tensor([9]), 0)}, "pads between kept tokens"),
         ({"cu_seq_lens_q": torch.tensor([0, 10, 24])}, "position_ids that start again"),
+        ({"packed": "yes"}, "packed as True, False or None, got 'yes'"),
     ],
 )
 def test_what_no_range_describes_is_refused(arguments, message):
@@ -411,7 +413,10 @@ MIXTURE = {"num_local_experts": 2}
     ],
 )
 def test_what_no_backend_has_is_refused(kind, changes, message):
-    model = adasplash.patch_attention(tiny(kind, **changes), "softmax")
+    model = tiny(kind, **changes)
+    with pytest.raises(ValueError, match=message):
+        adasplash.patch_attention(model, "softmax")
+    model.set_attn_implementation("adasplash")
     with pytest.raises(ValueError, match=message):
         model(tokens())
 
@@ -434,9 +439,17 @@ def test_pads_between_kept_tokens_are_refused_in_a_compiled_graph():
         run(pads("left").index_fill(1, torch.tensor([9]), 0))
 
 
-def test_the_weights_of_attention_are_refused():
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_weights_of_attention_are_refused(kind):
+    model = patched(kind, "adasplash")
+    adasplash.patch_attention(model, "flash")
     with pytest.raises(ValueError, match="never hold the weights of attention.*eager"):
-        patched("llama", "adasplash")(tokens(), output_attentions=True)
+        model(tokens(), output_attentions=True)
+    model = tiny(kind)
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="never hold the weights of attention.*eager"):
+        adasplash.patch_attention(model, "flash")
 
 
 @pytest.mark.parametrize("model", ["gpt2", torch.nn.Linear(2, 2)])
