@@ -14,8 +14,9 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from adasplash.attention import Options, backend_options
 from adasplash.attention.huggingface import attention_backends
-from adasplash.data import DataConfig, TokenizerConfig, build_tokenizer, keep_documents_apart, prepare
+from adasplash.data import DataConfig, Tokenizer, TokenizerConfig, build_tokenizer, keep_documents_apart, prepare
 from adasplash.evaluation import (
     measure_perplexity,
     measure_sparsity,
@@ -28,7 +29,7 @@ from adasplash.evaluation import (
 )
 from adasplash.models import ModelConfig, build_model, from_pretrained
 from adasplash.ops.checks import check_choice
-from adasplash.training import TrainConfig, check_overrides, from_mapping, groups_of, read_config
+from adasplash.training import TrainConfig, check_overrides, from_mapping, groups_of, read_config, read_summary
 from adasplash.training.checkpoint import load, newest, training_state
 from adasplash.training.config import AttentionConfig, check_counts
 from adasplash.training.hardware import device_name
@@ -105,7 +106,7 @@ def trained_model(run_dir: Path, run: TrainConfig, attention: AttentionConfig | 
         raise ValueError(
             f"'{run_dir}' holds no model yet: neither export/ nor a checkpoint. Train on: resume={run_dir}"
         )
-    if attention:
+    if attention and typed_attention(attention) != typed_attention(run.attention):
         raise ValueError(f"'{run_dir}' has not ended; another attention needs its export. Train on: resume={run_dir}")
     tokenizer = build_tokenizer(run.tokenizer)
     how = {"vocab_size": tokenizer.vocab_size, "end_token": tokenizer.end_token, "seq_len": run.seq_len}
@@ -115,6 +116,28 @@ def trained_model(run_dir: Path, run: TrainConfig, attention: AttentionConfig | 
     for backend in attention_backends(model):
         backend.set_step(step)
     return model
+
+
+def typed_attention(attention: AttentionConfig) -> tuple[str, Options]:
+    """Name and options with every default in its place, so that an option named at its default makes no other attention."""
+    return attention.name, backend_options(attention.name, attention.options)
+
+
+def tokenizer_of_run(run_dir: Path, run: TrainConfig, chosen: TokenizerConfig | None) -> Tokenizer:
+    """The run's tokenizer, or the chosen one if it makes the same tokens, as one in a moved folder does."""
+    tokenizer = build_tokenizer(chosen or run.tokenizer)
+    fingerprint = read_summary(run_dir).get("tokenizer", {}).get("fingerprint")  # its files may have changed since
+    if tokenizer.fingerprint != (fingerprint or build_tokenizer(run.tokenizer).fingerprint):
+        todo = "leave tokenizer out" if chosen else "name the folder of its own files: tokenizer.name=FOLDER"
+        raise ValueError(
+            f"Expected the tokenizer that '{run_dir}' was trained with, {tokenizer_name(run.tokenizer)}, got "
+            f"{tokenizer_name(chosen or run.tokenizer)}, which makes other tokens; {todo}."
+        )
+    return tokenizer
+
+
+def tokenizer_name(tokenizer: TokenizerConfig) -> str:
+    return " ".join(filter(None, (tokenizer.kind, tokenizer.name)))
 
 
 def evaluate(config: EvaluateConfig) -> list[dict]:
@@ -127,6 +150,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     autocast = torch.bfloat16 if precision == "bf16" else None
     compiled = cuda if config.compile is None else config.compile
     torch.manual_seed(config.seed)
+    on_text = [name for name in ("perplexity", "sparsity") if name in config.evals]
 
     if config.run_dir:
         folder = Path(config.run_dir)
@@ -136,6 +160,8 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         attention = config.attention or run.attention
         seq_lens = config.seq_lens or [run.seq_len]
         name = run.model.name
+        # throughput alone needs no tokenizer, which may be on another machine
+        encoder = tokenizer_of_run(folder, run, config.tokenizer) if on_text or config.tokenizer else None
         model = trained_model(folder, run, config.attention)
     else:
         # the vocabulary decides a good part of the speed: GPT-2's own, unless a tokenizer is named
@@ -158,15 +184,14 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         "model": name,
         "attention": attention.name,
         "attention_options": attention.options,
-        "tokenizer": " ".join(filter(None, (tokenizer.kind, tokenizer.name))),
+        "tokenizer": tokenizer_name(tokenizer),
         "device": device_name(device),
         "dtype": precision,
         "compile": compiled,
     }
     rows, failures = [], {}  # failures: what is wrong, and where
     batch_size = {length: max(1, (config.batch_tokens or length) // length) for length in seq_lens}
-    if on_text := [name for name in ("perplexity", "sparsity") if name in config.evals]:
-        encoder = build_tokenizer(tokenizer)
+    if on_text:
         text = prepare(data, encoder).validation
         apart = None if data.cross_document else functools.partial(keep_documents_apart, end_token=encoder.end_token)
         where = {"data": data.path or data.name or data.source, "cross_document": data.cross_document}

@@ -9,6 +9,9 @@ import pytest
 
 pytest.importorskip("hydra")
 
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from adasplash.attention.huggingface import attention_backends
 from adasplash.training import from_mapping, train
 
@@ -101,3 +104,45 @@ def test_counts_are_checked_before_anything_is_done(script, name, value):
 def test_something_is_to_be_evaluated(script):
     with pytest.raises(ValueError, match="Expected evals among perplexity, .*got none"):
         from_mapping(script.EvaluateConfig, {"run_dir": "nowhere", "evals": []})
+
+
+def test_tokens_that_the_run_was_not_trained_on_are_refused(tiny, evaluate, tmp_path):
+    train(tiny(steps=1))
+    summary = tmp_path / "run" / "summary.json"
+    other = save_tokenizer(tmp_path / "other")
+    for ended in (True, False):
+        with pytest.raises(ValueError, match="run' was trained with, bytes, got huggingface .*; leave tokenizer out"):
+            evaluate(tokenizer={"kind": "huggingface", "name": str(other)})
+        evaluate(tokenizer={"kind": "bytes"})  # the run's own, by name
+        if ended:
+            summary.unlink()
+
+
+def test_a_tokenizer_that_has_changed_is_refused_and_a_moved_one_is_not(tiny, evaluate, tmp_path):
+    folder = save_tokenizer(tmp_path / "before")
+    train(tiny(steps=1, tokenizer={"kind": "huggingface", "name": str(folder)}))
+    folder = folder.rename(tmp_path / "after")
+    evaluate(tokenizer={"name": str(folder)})
+    save_tokenizer(tmp_path / "before", "c")
+    with pytest.raises(ValueError, match="which makes other tokens; name the folder of its own files: tokenizer.name="):
+        evaluate()
+
+
+def save_tokenizer(folder, *more):
+    """A tokenizer of few words in a folder; it fits a model of the bytes tokenizer."""
+    vocabulary = {word: number for number, word in enumerate(["<|endoftext|>", "unknown", "a", "b", *more])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="unknown"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def test_an_unfinished_run_is_evaluated_with_its_own_attention_by_name(tiny, evaluate, tmp_path):
+    train(tiny(attention={"name": "adasplash", "alpha": 1.7}, steps=2))
+    shutil.rmtree(tmp_path / "run" / "export")
+    expected = evaluate()[0][0]["loss"]
+    for same in ({"name": "adasplash"}, {"alpha": 1.7}, {"name": "adasplash", "alpha": 1.7, "alibi": "none"}):
+        assert evaluate(attention=same)[0][0]["loss"] == expected
+    for other in ({"name": "flash"}, {"alpha": 1.6}):
+        with pytest.raises(ValueError, match="has not ended; another attention needs its export"):
+            evaluate(attention=other)
