@@ -2,6 +2,7 @@
 python eval.py model=gpt2 attention=adasplash seq_lens=[8192,16384] evals=[throughput]   (untrained: throughput alone)
 
 Hydra composes configs/eval.yaml with the command line; results land in results.json of the run folder.
+Several jobs: python eval.py -m run_dir=runs/ONE,runs/OTHER
 """
 
 import functools
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from adasplash.attention import Options, backend_options
@@ -29,13 +32,15 @@ from adasplash.evaluation import (
 )
 from adasplash.models import ModelConfig, build_model, from_pretrained
 from adasplash.ops.checks import check_choice
-from adasplash.training import TrainConfig, check_overrides, from_mapping, groups_of, read_config, read_summary
+from adasplash.training import Jobs, TrainConfig, check_overrides, from_mapping, groups_of, read_config, read_summary
 from adasplash.training.checkpoint import load, newest, training_state
 from adasplash.training.config import AttentionConfig, check_counts
 from adasplash.training.hardware import device_name
 
 CONFIGS = Path(__file__).parent / "configs"
 EVALUATIONS = ("perplexity", "sparsity", "throughput")
+
+jobs = Jobs("eval.py", "eval-failed")
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,12 @@ def tokenizer_name(tokenizer: TokenizerConfig) -> str:
     return " ".join(filter(None, (tokenizer.kind, tokenizer.name)))
 
 
+def results_folder(config: EvaluateConfig) -> Path:
+    if config.run_dir:
+        return Path(config.run_dir)
+    return Path("runs") / f"untrained-{config.model.name}-{(config.attention or AttentionConfig()).name}"
+
+
 def evaluate(config: EvaluateConfig) -> list[dict]:
     """Measures, writes results.json and a plot, prints the tables; returns the new rows."""
     cuda = torch.cuda.is_available() if config.device == "auto" else config.device.startswith("cuda")
@@ -152,8 +163,8 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     torch.manual_seed(config.seed)
     on_text = [name for name in ("perplexity", "sparsity") if name in config.evals]
 
+    folder = results_folder(config)
     if config.run_dir:
-        folder = Path(config.run_dir)
         run = read_config(folder)
         tokenizer = config.tokenizer or run.tokenizer
         data = config.data or run.data
@@ -170,7 +181,6 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         attention = config.attention or AttentionConfig()
         seq_lens = config.seq_lens or [8192, 16384]
         name = config.model.name
-        folder = Path("runs") / f"untrained-{name}-{attention.name}"
         vocab_size = build_tokenizer(config.tokenizer).vocab_size if config.tokenizer else 50257
         how = {"vocab_size": vocab_size, "end_token": vocab_size - 1, "seq_len": max(seq_lens)}
         model = build_model(config.model, attention=attention.name, options=attention.options, **how)
@@ -232,10 +242,14 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
 @hydra.main(version_base="1.3", config_path="configs", config_name="eval")
 def main(composed: DictConfig) -> None:
     values = OmegaConf.to_container(composed, resolve=True)
-    try:
-        evaluate(from_mapping(EvaluateConfig, with_the_runs_own(values)))
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
+    hydra_config = HydraConfig.get()
+
+    def work() -> dict[str, str]:
+        config = from_mapping(EvaluateConfig, with_the_runs_own(values))
+        evaluate(config)
+        return {"status": "evaluated", "run_dir": str(results_folder(config))}
+
+    jobs.run(work, hydra_config.overrides.task, sweep=hydra_config.mode == RunMode.MULTIRUN)
 
 
 if __name__ == "__main__":
@@ -248,3 +262,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
+    jobs.finish()

@@ -5,8 +5,6 @@ Several jobs: python train.py -m attention=flash,adasplash seq_len=8192,16384
 """
 
 import sys
-import traceback
-import zlib
 from pathlib import Path
 
 import hydra
@@ -17,8 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from adasplash.training import (
+    Jobs,
     TrainConfig,
-    TrainingDiverged,
     check_overrides,
     from_mapping,
     groups_of,
@@ -34,7 +32,7 @@ ConfigStore.instance().store(
     group="model", name="default", node=OmegaConf.load(CONFIGS / f"model/{DEFAULT_MODEL}.yaml")
 )
 
-outcomes: list[tuple[str, str, str]] = []  # of a sweep: (job, what became of it, where to look)
+jobs = Jobs("train.py", "failed")
 
 
 def typed_config(composed: DictConfig, overrides: list[str]) -> TrainConfig:
@@ -57,30 +55,10 @@ def main(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
     sweep = hydra_config.mode == RunMode.MULTIRUN
-    job = " ".join(word.removeprefix("++") for word in overrides)
-    log = Path("runs") / f"failed-{zlib.crc32(job.encode()):08x}.txt"  # of a sweep's job
-    folder = None
-    if sweep:
-        print(f"\n--- {job}", flush=True)
-    try:
-        config = typed_config(composed, overrides)
-        summary = train(config)
-        folder = summary["run_dir"]
-        outcomes.append((job, summary["status"], folder))
-        log.unlink(missing_ok=True)
-    except Exception as error:
-        expected = isinstance(error, ValueError | TrainingDiverged)
-        if not sweep:
-            if not expected:
-                raise
-            sys.exit(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else f"Error: {error}")
-        log.parent.mkdir(exist_ok=True)
-        log.write_text(f"python train.py {job}\n\n{traceback.format_exc()}")
-        print(f"Failed: {error}", flush=True)
-        outcomes.append((job, "failed", str(log)))
-        return
-    if summary["status"] == "stopped":
-        print(f"Stopped and saved at step {summary['step']}. Go on with: python train.py resume={folder}", flush=True)
+    summary = jobs.run(lambda: train(typed_config(composed, overrides)), overrides, sweep=sweep)
+    if summary and summary["status"] == "stopped":
+        how = f"python train.py resume={summary['run_dir']}"
+        print(f"Stopped and saved at step {summary['step']}. Go on with: {how}", flush=True)
         sys.exit(128 + summary["signal"])
 
 
@@ -94,9 +72,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:  # before the training loop, which saves, or a second one in it
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
-    if len(outcomes) > 1 or any(status == "failed" for _, status, _ in outcomes):
-        print("\nSweep:")
-        for job, status, where in outcomes:
-            print(f"  {status:9s} {job}  ->  {where}")
-        if any(status == "failed" for _, status, _ in outcomes):
-            sys.exit(1)
+    jobs.finish()

@@ -117,6 +117,18 @@ def test_a_sweep_goes_on_after_a_failure_and_skips_what_is_finished(workplace, r
         assert said.count("is finished (step 2") == (2 if again else 0)
 
 
+def test_a_sweep_of_evaluations_goes_on_after_a_failure(whole, workplace, run):
+    code, said = run(*EVALUATE, "-m", "run_dir=nowhere,whole", "evals=[throughput]", "repeats=1", "seq_lens=[16]")
+    assert code == 1
+    *_, failed, evaluated = said.splitlines()
+    assert failed.startswith("  failed    run_dir=nowhere") and evaluated.startswith("  evaluated run_dir=whole"), said
+    assert evaluated.endswith("->  whole")
+    log = workplace / failed.split("->")[1].strip()
+    assert "'nowhere' is no run folder" in log.read_text() and not log.match("failed-*")  # which report.py would list
+    code, said = run(*EVALUATE, "run_dir=nowhere")  # alone: one sentence, no table
+    assert code == 1 and said.startswith("Error: 'nowhere' is no run folder") and said.count("\n") == 1
+
+
 def test_two_processes_learn_as_one(whole, workplace, run):
     code, said = run(*TORCHRUN, *TINY, "data.path=texts", "run_dir=two", "parallel=ddp")
     assert code == 0, said

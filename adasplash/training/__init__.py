@@ -2,10 +2,12 @@
 
 from ..typed import from_mapping
 from .config import TrainConfig, check_overrides, groups_of
+from .jobs import Jobs
 from .loop import TrainingDiverged, train
 from .run_folder import read_config, read_summary
 
 __all__ = [
+    "Jobs",
     "TrainConfig",
     "TrainingDiverged",
     "check_overrides",

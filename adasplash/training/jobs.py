@@ -1,0 +1,61 @@
+"""The jobs of one command line: in a sweep the others go on where one fails, and its end says what became of each."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .loop import TrainingDiverged
+from .run_folder import ROOT
+
+
+class Jobs:
+    """
+    program: as "train.py"; logs: how the files begin that a sweep leaves for jobs that failed.
+    outcomes: of the jobs so far, (job, what became of it, where to look).
+    """
+
+    def __init__(self, program: str, logs: str):
+        self.program, self.logs = program, logs
+        self.outcomes: list[tuple[str, str, str | Path]] = []
+
+    def run(
+        self, work: Callable[[], dict[str, Any]], overrides: Sequence[str], *, sweep: bool
+    ) -> dict[str, Any] | None:
+        """What `work` returns, its "status" and "run_dir" noted; None where it failed and the sweep goes on.
+
+        A single job that fails ends the program, with one sentence where the error was to be expected.
+        """
+        job = " ".join(word.removeprefix("++") for word in overrides)
+        log = ROOT / f"{self.logs}-{zlib.crc32(job.encode()):08x}.txt"
+        if sweep:
+            print(f"\n--- {job}", flush=True)
+        try:
+            summary = work()
+        except Exception as error:
+            if not sweep:
+                if not isinstance(error, ValueError | TrainingDiverged):
+                    raise
+                sys.exit(f"{'Error' if isinstance(error, ValueError) else type(error).__name__}: {error}")
+            log.parent.mkdir(exist_ok=True)
+            log.write_text(f"python {self.program} {job}\n\n{traceback.format_exc()}")
+            print(f"Failed: {error}", flush=True)
+            self.outcomes.append((job, "failed", log))
+            return None
+        self.outcomes.append((job, summary["status"], summary["run_dir"]))
+        log.unlink(missing_ok=True)
+        return summary
+
+    def finish(self) -> None:
+        """Prints what became of several jobs; ends the program with 1 where one failed."""
+        failed = any(status == "failed" for _, status, _ in self.outcomes)
+        if len(self.outcomes) > 1 or failed:
+            print("\nSweep:")
+            for job, status, where in self.outcomes:
+                print(f"  {status:9s} {job}  ->  {where}")
+        if failed:
+            sys.exit(1)
