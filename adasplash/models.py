@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 from .attention import AttentionBackend, Options
 from .attention.huggingface import SUBMODULE, attention_backends, configured_backend, patch_attention, register
 from .ops.announce import announce
-from .ops.checks import nearest
+from .ops.checks import check_tensor, nearest
 from .ops.cross_entropy import summed_cross_entropy, token_cross_entropy
 from .ops.support_statistics import SupportStatistics
 
@@ -302,6 +302,33 @@ def check_length(model: PreTrainedModel, seq_len: int) -> None:
         )
 
 
+def check_text(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> None:
+    """Raises ValueError unless the tokens (B, T) are a text that the model can read; waits for a GPU."""
+    for name, x in (("input_ids", input_ids), ("position_ids", position_ids)):
+        if x is None:
+            continue
+        check_tensor(name, x)
+        if x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"Expected {name} as whole numbers, int64 or int32, got {x.dtype}.")
+        if x.ndim != 2 or not x.numel():
+            raise ValueError(f"Expected {name} of shape (batch, length), at least one token, got {tuple(x.shape)}.")
+    lowest, highest = input_ids.min().item(), input_ids.max().item()
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if lowest < 0 or highest >= vocabulary:
+        raise ValueError(
+            f"Expected input_ids from 0 to {vocabulary - 1}, the model's vocabulary, got {lowest} to {highest}; "
+            "use the tokenizer that it was trained with."
+        )
+    length = input_ids.shape[1]
+    if position_ids is not None:
+        if position_ids.shape[0] not in (1, input_ids.shape[0]) or position_ids.shape[1] != length:
+            raise ValueError(
+                f"Expected position_ids as input_ids, {tuple(input_ids.shape)}, got {tuple(position_ids.shape)}."
+            )
+        length = min(length, position_ids.max().item() + 1)  # documents that are packed may be longer together
+    check_length(model, length)
+
+
 def training_flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
     """Floating point operations per token, forward and backward, of a dense causal model (for MFU).
 
@@ -342,9 +369,10 @@ def attention_statistics(
         For each layer the density, mean and largest support and share of queries in tile mode of each head, float32 (H,).
 
     Raises:
-        ValueError: for a model without backends.
+        ValueError: for a model without backends, or a text that is empty, or has ids or positions that the model lacks.
     """
     backends = backends_of(model)
+    check_text(model, input_ids, position_ids)
     for backend in backends:
         backend.recorded = []
     try:
@@ -365,6 +393,7 @@ __all__ = [
     "backends_of",
     "build_model",
     "check_length",
+    "check_text",
     "export",
     "from_pretrained",
     "hidden_states",

@@ -25,6 +25,7 @@ COLOURS = {
 }
 FURTHER_COLOURS = ("#17becf", "#9467bd", "#bcbd22", "#1b4f2a", "#e377c2")
 DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.5)), (0, (6, 2, 1.2, 2)))
+PICTURES = (".png", ".svg", ".pdf")
 FEWEST_TARGETS = 20  # a mean over fewer is noise
 DOUBLINGS = (
     9  # of the context, up to the longest window: with less of it every model is bad, which would fill the picture
@@ -58,13 +59,31 @@ def style_axes(axes) -> None:
     axes.set_axisbelow(True)
 
 
+def picture_path(path: str | Path) -> Path:
+    """The path of a picture, whose folder is made.
+
+    Raises:
+        ValueError: unless it ends as pictures do (matplotlib would write beside it), or if it is a folder.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix.lower() not in PICTURES:
+        came = "the folder " if path.is_dir() else ""
+        raise ValueError(f"Expected the path of a picture that ends in {', '.join(PICTURES)}, got {came}'{path}'.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def plot_support(support: SupportMap, path: str | Path, *, title: str = "") -> Path:
     """The support of a head, as `support_map` counts it, written to `path` (.png, .svg, .pdf); returns the path.
 
     Cells without a supported pair stay white; single keys are black, tiles the darker the more pairs they hold.
+
+    Raises:
+        ValueError: for a path that ends otherwise, or a folder.
     """
     from matplotlib.colors import LogNorm, Normalize
 
+    path = picture_path(path)
     figure, axes = new_axes(6.0, 5.4)
     axes.grid(False)
     size, (top, bottom), (left, right) = support.size, support.queries, support.keys
@@ -84,8 +103,6 @@ def plot_support(support: SupportMap, path: str | Path, *, title: str = "") -> P
     axes.set_title(title, loc="left", fontsize=11)
     if size > 1:
         figure.colorbar(image, label=f"supported pairs in {size} x {size}")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from .. import models
 from ..ops.checks import check_tensor
 from ..ops.support_map import SupportMap, map_head
 from .borrowed import borrowed
-from .plots import plot_support
+from .plots import picture_path, plot_support
 
 
 def draw_support(
@@ -48,20 +49,19 @@ def draw_support(
         The path.
 
     Raises:
-        ValueError: for a model without backends or with too few positions, more than one text, a layer, head or window
-            that is not there, or cells < 1.
+        ValueError: for a model without backends, a text that `attention_statistics` would refuse or more than one, a
+            layer, head or window that is not there, cells < 1, or another kind of path.
     """
     backends = models.backends_of(model)
-    if not 0 <= layer < len(backends):
-        raise ValueError(f"Expected layer from 0 to {len(backends) - 1}, got {layer}.")
+    layer = _place("layer", layer, len(backends))
     backend = backends[layer]
-    if not 0 <= head < backend.heads:
-        raise ValueError(f"Expected head from 0 to {backend.heads - 1}, got {head}.")
+    head = _place("head", head, backend.heads)
+    path = picture_path(path)
     device = next(model.parameters()).device
     input_ids = _one_text("input_ids", input_ids).to(device)
     if position_ids is not None:
         position_ids = _one_text("position_ids", position_ids).to(device)
-    models.check_length(model, input_ids.shape[1])
+    models.check_text(model, input_ids, position_ids)
     found: list[SupportMap] = []
 
     def count(q, k, key_range, *, tiles, implementation, **how):
@@ -77,6 +77,16 @@ def draw_support(
     finally:
         handle.remove()
     return plot_support(found[0], path, title=f"layer {layer}, head {head}: {backend.name}")
+
+
+def _place(name: str, value: int, count: int) -> int:
+    try:
+        place = operator.index(value)  # a number of numpy or torch too
+    except TypeError:
+        place = -1
+    if not 0 <= place < count:
+        raise ValueError(f"Expected {name} as a whole number from 0 to {count - 1}, got {value!r}.")
+    return place
 
 
 def _one_text(name: str, x: Tensor) -> Tensor:

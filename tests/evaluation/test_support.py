@@ -105,12 +105,17 @@ def test_errors(tmp_path):
     model, ids = patched("gpt2", "adasplash"), tokens(1, 9)
     cases = [
         ({"model": tiny("gpt2")}, "with a backend on its attention layers, got a GPT2LMHeadModel without"),
-        ({"layer": 2}, "layer from 0 to 1, got 2"),
-        ({"head": -1}, "head from 0 to 1, got -1"),
+        ({"layer": 2}, "layer as a whole number from 0 to 1, got 2"),
+        ({"layer": "1"}, "layer as a whole number from 0 to 1, got '1'"),
+        ({"layer": 0.5}, "layer as a whole number from 0 to 1, got 0.5"),
+        ({"head": -1}, "head as a whole number from 0 to 1, got -1"),
         ({"input_ids": tokens(2, 9)}, r"input_ids of one text, \(T,\) or \(1, T\), got \(2, 9\); give input_ids\[:1\]"),
         ({"input_ids": [1, 2]}, "input_ids as a tensor, got list"),
         ({"input_ids": tokens(1, 65)}, "64 learned positions"),
         ({"keys": (0, 10)}, "keys as a window"),
+        ({"path": tmp_path / "x"}, "path of a picture that ends in .png, .svg, .pdf, got '.*x'"),
+        ({"path": tmp_path / "x.txt"}, "path of a picture that ends in"),
+        ({"path": str(tmp_path)}, "path of a picture that ends in .png, .svg, .pdf, got the folder"),
     ]
     for how, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -118,6 +123,33 @@ def test_errors(tmp_path):
     assert not any(module._forward_hooks for module in model.modules()) and not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match="with a backend on its attention layers"):
         adasplash.attention_statistics(tiny("gpt2"), ids)
+
+
+TEXTS = [
+    ({"input_ids": torch.rand(1, 9)}, "input_ids as whole numbers, int64 or int32, got torch.float32"),
+    ({"input_ids": tokens(1, 0)}, r"input_ids of shape \(batch, length\), at least one token, got \(1, 0\)"),
+    ({"input_ids": torch.tensor([[3, 64]])}, "input_ids from 0 to 63, the model's vocabulary, got 3 to 64"),
+    ({"input_ids": torch.tensor([[-1, 3]])}, "input_ids from 0 to 63, the model's vocabulary, got -1 to 3"),
+    ({"input_ids": tokens(1, 65)}, "64 learned positions, but seq_len is 65"),
+    ({"position_ids": torch.rand(1, 9)}, "position_ids as whole numbers"),
+    ({"position_ids": torch.arange(8)[None]}, r"position_ids as input_ids, \(1, 9\), got \(1, 8\)"),
+]
+
+
+@pytest.mark.parametrize("how, message", TEXTS)
+def test_texts_that_a_model_cannot_read(how, message, drawn):
+    model, how = patched("gpt2", "adasplash"), {"input_ids": tokens(1, 9)} | how
+    with pytest.raises(ValueError, match=message):
+        draw_support(model, **how, layer=0, head=0)
+    with pytest.raises(ValueError, match=message):
+        adasplash.attention_statistics(model, **how)
+
+
+def test_packed_documents_may_be_longer_together_than_the_positions(drawn):
+    model, how = patched("gpt2", "flash"), {"input_ids": tokens(1, 80), "position_ids": torch.arange(80)[None] % 40}
+    (layer, _) = adasplash.attention_statistics(model, **how)
+    draw_support(model, **how, layer=torch.tensor(0), head=1)
+    assert drawn[0].counts.sum() == 40 * 41 and layer.support[1] == 20.5
 
 
 @pytest.mark.parametrize("cells", [64, 8])
