@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
+import operator
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from attention_peers import PEERS
+from rows import Row, read_rows
 
 from adasplash.evaluation.plots import attention_colours, length_label, new_axes, readable_scale, style_axes
 from adasplash.evaluation.tables import TextTable, text_table
-
-Row = dict[str, Any]
 
 BASELINES = ("fa4", "cudnn", "fa2")
 COLUMNS = {
@@ -229,27 +228,13 @@ def draw_against_length(rows: Sequence[Row], path: Path) -> Path | None:
     return path
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Raises ValueError for a line that is no row."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1]["implementation"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"Expected a row of bench_attention.py in each line of {path}, line {number} is none."
-            ) from None
-    return rows
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, metavar="ROWS", help="rows.jsonl, as bench_attention.py writes it")
     parser.add_argument("--out", type=Path, help="folder for the pictures (default: that of ROWS)")
     options = parser.parse_args(arguments)
     try:
-        rows = read_rows(options.rows)
+        rows = read_rows(options.rows, "bench_attention.py", operator.itemgetter("implementation"))
     except (OSError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -9,15 +9,13 @@ another attention, which is as fast at every step, would have gone on.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from adasplash.evaluation.plots import attention_colours, length_label, new_axes
+from rows import Row, read_rows
 
-Row = dict[str, Any]
+from adasplash.evaluation.plots import attention_colours, length_label, new_axes, picture_path
 
 
 def speeds(row: Row) -> list[tuple[float, float]]:
@@ -33,6 +31,7 @@ def supports(row: Row) -> list[tuple[float, float]]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
+    path = picture_path(path)
     figure, axes = new_axes()
     colours = attention_colours(row["attention"] for row in rows)
     several = len({row["seq_len"] for row in rows}) > 1
@@ -59,18 +58,10 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows with speeds to draw. Raises ValueError where a line is no row, or there is none to draw."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            if "error" not in row and speeds(row):
-                rows.append(row)
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"Expected a row of bench_training.py in each line of {path}, line {number} is none."
-            ) from None
+def rows_with_speeds(path: Path) -> list[Row]:
+    """Raises ValueError where a line is no row, or there is none to draw."""
+    rows = read_rows(path, "bench_training.py", lambda row: "error" in row or speeds(row))
+    rows = [row for row in rows if "error" not in row and speeds(row)]
     if not rows:
         raise ValueError(f"There is nothing to draw in {path}: no job got beyond its first logged steps.")
     return rows
@@ -82,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the picture: .png, .svg or .pdf")
     options = parser.parse_args(arguments)
     try:
-        print(draw(read_rows(options.rows), options.out))
+        print(draw(rows_with_speeds(options.rows), options.out))
     except (OSError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -136,7 +136,7 @@ def test_the_program_draws_both_pictures(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, said",
     [
-        (None, "No such file"),
+        (None, "Expected the file of rows that bench_attention.py writes, rows.jsonl, got '"),
         ('{"implementation": "fa4"}\n{"tor', "line 2 is none"),
         ("3\n", "line 1"),
         ("", "nothing to draw"),
@@ -153,7 +153,7 @@ def test_what_cannot_be_drawn_is_one_sentence(text, said, tmp_path, capsys):
 
 @pytest.mark.skipif(not KEPT.exists(), reason="needs the rows in benchmarks/")
 def test_the_kept_rows_make_the_pictures_of_the_benchmark(tmp_path):
-    rows = pictures.read_rows(KEPT)
+    rows = pictures.read_rows(KEPT, "bench_attention.py", dict)
     by_support, by_length = pictures.rows_by_support(rows), pictures.rows_by_length(rows)
     assert {"adasplash", "fa4"} <= {row["implementation"] for row in by_support} <= set(PEERS)
     assert len({(row["heads"], row["dim"], row["documents"]) for row in by_support}) == 1

@@ -30,7 +30,8 @@ def test_the_picture_is_written(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, said",
     [
-        (None, "No such file"),
+        (None, "Expected the file of rows that bench_training.py writes, rows.jsonl, got '"),
+        ("\x89PNG", "line 1 is none"),
         ("{}", "line 1 is none"),
         ("[]", "line 1 is none"),
         (json.dumps({"error": "out of memory"}), "There is nothing to draw"),
@@ -39,6 +40,14 @@ def test_the_picture_is_written(tmp_path, capsys):
 def test_bad_rows_get_a_sentence(text, said, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, encoding="latin-1")
     assert training_picture.main([str(path), "--out", str(tmp_path / "speed.png")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "speed.png").exists()
+
+
+def test_a_folder_is_no_rows_and_no_picture(tmp_path, capsys):
+    assert training_picture.main([str(tmp_path), "--out", str(tmp_path / "speed.png")]) == 2
+    assert "rows.jsonl, got the folder" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row("flash")))
+    assert training_picture.main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path)]) == 2
+    assert "ends in .png, .svg, .pdf, got the folder" in capsys.readouterr().err
