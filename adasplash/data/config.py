@@ -56,7 +56,10 @@ class DataConfig:
             raise ValueError("data=hub needs data.name, the name of a Hugging Face data set.")
         for field, source in (("path", "files"), ("name", "hub"), ("subset", "hub")):
             if getattr(self, field) and self.source != source:
-                raise ValueError(f"data.{field} belongs to data={source}, got data={self.source}; change one of them.")
+                raise ValueError(
+                    f"data.{field} belongs to data={source}, got data={self.source}; "
+                    f"add data={source}, or leave data.{field} out."
+                )
         if not 0.0 < self.validation_fraction <= 0.5:
             raise ValueError(f"Expected 0 < data.validation_fraction <= 0.5, got {self.validation_fraction:g}.")
 

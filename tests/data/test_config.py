@@ -17,7 +17,7 @@ from adasplash.data import DataConfig, TokenizerConfig
         ),
         (DataConfig, {"source": "files"}, "data=files needs data.path"),
         (DataConfig, {"source": "hub"}, "data=hub needs data.name"),
-        (DataConfig, {"path": "books"}, "data.path belongs to data=files, got data=stdlib"),
+        (DataConfig, {"path": "books"}, "data.path belongs to data=files, got data=stdlib; add data=files, or leave"),
         (DataConfig, {"source": "files", "path": "books", "name": "c4"}, "data.name belongs to data=hub"),
         (DataConfig, {"validation_fraction": 0.0}, "0 < data.validation_fraction <= 0.5, got 0"),
         (DataConfig, {"validation_fraction": 0.7}, "0 < data.validation_fraction <= 0.5, got 0.7"),
