@@ -141,9 +141,10 @@ def from_pretrained(
             its own.
 
     Raises:
-        ValueError: if the folder holds no model, or weights are missing from it.
+        ValueError: if there is no such folder, it holds no model, or weights are missing from it.
     """
     register()
+    _check_folder(path)
     with _expecting_a_model(path, OSError, ValueError):
         config = AutoConfig.from_pretrained(path)
     saved_name, saved = configured_backend(config) or ("adasplash", None)
@@ -167,6 +168,18 @@ def from_pretrained(
     else:
         patch_attention(model, attention, **options)
     return model
+
+
+def _check_folder(path: str | Path) -> None:
+    """Raises ValueError for a folder that is not there, and no name of the hub either, or that is a run's."""
+    folder = Path(path)
+    is_path = isinstance(path, Path) or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+    if is_path and not folder.exists():
+        raise ValueError(f"Expected the folder of a transformers model, got '{path}', which is not there.")
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").exists():  # as train.py writes it
+        export = folder / "export"
+        todo = f"take its model: {export}" if export.exists() else "it has no export/ yet, which its end writes"
+        raise ValueError(f"Expected the folder of a transformers model, got the run folder '{path}'; {todo}.")
 
 
 def _switch_off_attention_dropout(config) -> None:

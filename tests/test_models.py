@@ -283,6 +283,21 @@ def test_missing_and_needless_weights(tmp_path, caplog):
         adasplash.from_pretrained(tmp_path)
 
 
+def test_a_run_folder_and_a_missing_folder_are_told_from_a_name_of_the_hub(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    with pytest.raises(ValueError, match="got the run folder '.*'; it has no export/ yet"):
+        adasplash.from_pretrained(tmp_path)
+    export(build(), tmp_path / "export")
+    with pytest.raises(ValueError, match="got the run folder '.*'; take its model: .*export"):
+        adasplash.from_pretrained(str(tmp_path))
+    adasplash.from_pretrained(tmp_path / "export")
+    for nowhere in (tmp_path / "nowhere", "/nowhere", "./nowhere", "runs/nowhere/export"):
+        with pytest.raises(
+            ValueError, match="the folder of a transformers model, got '.*nowhere.*', which is not there"
+        ):
+            adasplash.from_pretrained(nowhere)
+
+
 def test_a_model_of_the_hub_brings_its_state(tmp_path, monkeypatch):
     """Simulated: transformers' cache keeps such a checkpoint in a folder of its own."""
     model = build("hash_sparse")
