@@ -24,6 +24,7 @@ from .ops.cross_entropy import summed_cross_entropy, token_cross_entropy
 from .ops.support_statistics import SupportStatistics
 
 VOCABULARY_MULTIPLE = 64  # matrix products with an odd vocabulary are several times slower on a GPU
+ATTENTION_DROPOUTS = {"attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"}
 DERIVED_KEYS = ("vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings")
 
 
@@ -90,6 +91,11 @@ def build_model(
                 f"model.config cannot set '{key}', which follows from the tokenizer or seq_len; leave it out."
             )
     given = {attributes.get(key, key) for key in config.config}
+    for key in ATTENTION_DROPOUTS & given:
+        if config.config.get(key):
+            raise ValueError(
+                f"model.config.{key} = {config.config[key]:g}, but no backend has attention dropout; leave it out."
+            )
     no_dropout = {
         key: 0.0
         for key, value in defaults.to_dict().items()
@@ -131,7 +137,7 @@ def _check_plain_head(model: PreTrainedModel) -> None:
 def from_pretrained(
     path: str | Path, attention: str | None = None, *, dtype=torch.float32, **options
 ) -> PreTrainedModel:
-    """A transformers checkpoint with its attention backend; attention dropout, which no backend has, is switched off.
+    """A transformers checkpoint with its attention backend; attention dropout, which no backend has, is left out in training.
 
     Args:
         path: local folder (or a hub name, which downloads); an export of this package names its backend itself.
@@ -148,7 +154,6 @@ def from_pretrained(
     with _expecting_a_model(path, OSError, ValueError):
         config = AutoConfig.from_pretrained(path)
     saved_name, saved = configured_backend(config) or ("adasplash", None)
-    _switch_off_attention_dropout(config)
     architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     # the backend's own tensors are unexpected to transformers; everything else is checked here
     with _expecting_a_model(path, OSError), _quiet():
@@ -180,13 +185,6 @@ def _check_folder(path: str | Path) -> None:
         export = folder / "export"
         todo = f"take its model: {export}" if export.exists() else "it has no export/ yet, which its end writes"
         raise ValueError(f"Expected the folder of a transformers model, got the run folder '{path}'; {todo}.")
-
-
-def _switch_off_attention_dropout(config) -> None:
-    for name in ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"):
-        if getattr(config, name, 0.0):
-            announce(f"The checkpoint's {name} = {getattr(config, name):g} is switched off: no backend has dropout.")
-            setattr(config, name, 0.0)
 
 
 @contextlib.contextmanager

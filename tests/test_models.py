@@ -251,11 +251,10 @@ def test_a_new_model_has_no_dropout_unless_told(given, expected):
     assert (built.attn_pdrop, built.resid_pdrop, built.embd_pdrop) == expected
 
 
-def test_attention_dropout_of_a_checkpoint_is_switched_off(tmp_path, caplog):
-    tiny("gpt2", attn_pdrop=0.1).save_pretrained(tmp_path)
-    model = adasplash.from_pretrained(tmp_path, "flash").train()
-    assert model(tokens()).logits.isfinite().all() and model.config.attn_pdrop == 0
-    assert any("attn_pdrop = 0.1 is switched off" in record.message for record in caplog.records)
+def test_attention_dropout_is_refused_in_a_new_model():
+    config = models.ModelConfig(config={"attn_pdrop": 0.1})
+    with pytest.raises(ValueError, match="model.config.attn_pdrop = 0.1, but no backend has attention dropout"):
+        models.build_model(config, vocab_size=64, end_token=0, seq_len=8, attention="adasplash")
 
 
 def change_weights(folder, change):
