@@ -25,8 +25,11 @@ BATCH_CHARACTERS = 1 << 24
 
 @dataclass(frozen=True)
 class TokenSplits:
+    """fingerprint: of the text of both, whatever the tokenizer."""
+
     train: Tokens
     validation: Tokens
+    fingerprint: str
 
 
 def prepare(data: DataConfig, tokenizer: Tokenizer, *, announce: Callable[[str], None] = print) -> TokenSplits:
@@ -45,18 +48,22 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, *, announce: Callable[[str],
     corpus, held_out = load_corpora(data)
     every = round(1 / data.validation_fraction)
     rule = held_out.fingerprint if held_out else f"1 of {every}"
-    key = f"{VERSION} {corpus.fingerprint} {tokenizer.fingerprint} {rule}"
-    folder = cache_folder(data) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+    folder = cache_folder(data) / f"tokens-{_digest(VERSION, corpus.fingerprint, tokenizer.fingerprint, rule)}"
     found = folder.exists()
     if not found:
         announce(f"Building token shards in '{folder}'")
         _build(hold_out(corpus, every) if held_out is None else _both(corpus, held_out), tokenizer, folder)
-    splits = TokenSplits(*(Tokens(folder / split, tokenizer.fingerprint) for split in SPLITS))
+    tokens = (Tokens(folder / split, tokenizer.fingerprint) for split in SPLITS)
+    splits = TokenSplits(*tokens, fingerprint=_digest(corpus.fingerprint, rule))
     announce(
         f"{'Cached tokens' if found else 'Tokens'}: {len(splits.train):,} for training ({splits.train.documents:,} "
         f"documents), {len(splits.validation):,} for validation ({splits.validation.documents:,}), in '{folder}'"
     )
     return splits
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:24]
 
 
 def cache_folder(data: DataConfig) -> Path:

@@ -122,6 +122,7 @@ class _Run:
         )
         self.loader = loader(tokens.train, seed=config.seed)
         self.validation_tokens = tokens.validation
+        self.fingerprints = {"text": tokens.fingerprint, "tokenizer": tokenizer.fingerprint}
         self.validation = Validation(
             loader(tokens.validation, seed=0, shuffle=False),
             tokens.validation,
@@ -172,6 +173,7 @@ class _Run:
                     f"Expected steps of at least {reached}, where '{newest}' stands, got {self.config.steps}; "
                     "use resume=never to train fewer steps beside it."
                 )
+            self._check_same_text(checkpoint.read_state(newest).get("fingerprints", {}))
             state = checkpoint.restore_training_state(self.model, self.optimizers, newest)
             self.step, self.skipped = state["step"], state["skipped"]
             self.skipped_in_a_row = state["skipped_in_a_row"]
@@ -210,6 +212,19 @@ class _Run:
             if steps_before != self.config.steps:
                 self.log.print(
                     f"steps: {steps_before} -> {self.config.steps}; the learning rate follows the new number."
+                )
+
+    def _check_same_text(self, saved: dict[str, str]) -> None:
+        """Raises ValueError where text or tokenizer are not those of the checkpoint; older checkpoints do not say."""
+        for what, fingerprint in self.fingerprints.items():
+            if saved.get(what, fingerprint) != fingerprint:
+                data, tokenizer = self.config.data, self.config.tokenizer
+                text = data.path or data.name or data.source
+                name = text if what == "text" else tokenizer.name or tokenizer.kind
+                raise ValueError(
+                    f"The {what} '{name}' has changed since the last checkpoint in '{self.folder}', so that the metrics "
+                    f"before and after would not compare; put the old {what} back, or use resume=never to train anew "
+                    "beside it."
                 )
 
     # ------------------------------------------------------------------------------------------------------- the loop
@@ -304,6 +319,7 @@ class _Run:
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "loader": self.loader.state_dict(),
+                "fingerprints": self.fingerprints,
                 "wandb_id": self.log.wandb_id,
             }
             checkpoint.save(self.folder / "checkpoints", self.step, tensors, state, keep=self.config.checkpoint.keep)

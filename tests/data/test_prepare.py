@@ -196,3 +196,14 @@ def test_real_books(real_data, gpt2, tmp_path):
     assert splits.train.documents + splits.validation.documents == 98
     assert len(splits.train) + len(splits.validation) == 1_012_736 + 98
     assert splits.train.text_bytes + splits.validation.text_bytes == 4_242_628
+
+
+def test_the_fingerprint_follows_the_text_and_how_it_is_cut(texts, byte_tokenizer, tmp_path):
+    """Not where it is cached."""
+    first = prepare(texts, byte_tokenizer, announce=quiet).fingerprint
+    elsewhere = dataclasses.replace(texts, cache_dir=str(tmp_path / "other"))
+    assert prepare(elsewhere, byte_tokenizer, announce=quiet).fingerprint == first
+    cut = dataclasses.replace(texts, validation_fraction=0.2)
+    (Path(texts.path) / "zz.txt").write_text("more")
+    fingerprints = {first, *(prepare(config, byte_tokenizer, announce=quiet).fingerprint for config in (texts, cut))}
+    assert len(fingerprints) == 3

@@ -114,6 +114,26 @@ def test_fewer_steps_than_were_made_are_refused(tiny, tmp_path, monkeypatch):
     assert "steps: 6 -> 8" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_a_text_or_tokenizer_that_changed_is_refused(tiny, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("to be or not to be " * 100)
+    data = dataclasses.asdict(tiny().data) | {"path": str(file)}
+    train(tiny(data=data, steps=2))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    file.write_text(file.read_text() + "that is the question")
+    with pytest.raises(ValueError, match="The text '.*text.txt' has changed since .* resume=never to train anew"):
+        train(tiny(data=data, steps=4))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    (state,) = (tmp_path / "run" / "checkpoints").glob("*/state.json")
+    saved = json.loads(state.read_text())
+    state.write_text(json.dumps(saved | {"fingerprints": {"tokenizer": "another"}}))
+    with pytest.raises(ValueError, match="The tokenizer 'bytes' has changed"):
+        train(tiny(data=data, steps=4))
+    del saved["fingerprints"]  # as in checkpoints of former versions
+    state.write_text(json.dumps(saved))
+    assert train(tiny(data=data, steps=4))["step"] == 4
+
+
 def test_resume_names_the_folder(tiny, tmp_path):
     train(tiny(steps=1))
     folder = str(tmp_path / "run")
