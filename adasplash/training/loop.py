@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -25,7 +26,7 @@ from .log import NullLog, RunLog, read_metrics
 from .optimizer import build_optimizers, learning_rate_factor, set_learning_rate
 from .parallel import Ranks, exchange_gradients, parallelize, start_ranks
 from .plots import plot_density, plot_losses
-from .run_folder import choose_folder, read_config, read_summary, write_config, write_summary
+from .run_folder import choose_folder, hold, read_config, read_summary, write_config, write_summary
 from .validation import Validation, unigram_entropy
 
 SPARSE = ("adasplash", "hash_sparse", "qk_sparse")
@@ -92,7 +93,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     "Use resume=never to train again beside it, or other settings."
                 )
             return summary
-        return _Run(config, folder, ranks).train()
+        ranks.barrier()  # all have looked for the folder before the first makes it
+        with hold(folder) if ranks.first else contextlib.nullcontext():
+            return _Run(config, folder, ranks).train()
 
 
 class _Run:
@@ -183,7 +186,6 @@ class _Run:
             self.log = NullLog()
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.folder, self.config)
         except OSError as error:
             raise ValueError(f"Cannot write '{self.folder}' ({error.strerror}); choose another run_dir.") from None

@@ -5,9 +5,14 @@ config.yaml  metrics.jsonl  log.txt  summary.json  checkpoints/  export/  plots/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -17,6 +22,7 @@ from ..typed import from_mapping
 from .config import TrainConfig
 
 ROOT = Path("runs")
+LOCK = ".lock"
 
 # Keys that may differ between the starts of one run; another value of `steps` moves the schedule, and is announced.
 MAY_CHANGE = {"run_dir", "resume", "wandb", "log_every", "device", "compile", "parallel", "checkpoint", "eval", "steps"}
@@ -88,3 +94,51 @@ def _unused(folder: Path) -> Path:
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Makes the folder, and no other process trains in it meanwhile. The kernel lets go when a process is killed.
+
+    Raises:
+        ValueError: if another process trains there, or the folder cannot be written.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _lock(folder)
+    except OSError as error:
+        raise ValueError(f"Cannot write '{folder}' ({error.strerror}); choose another run_dir.") from None
+    try:
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)  # before it is let go: the next one must not find its own removed
+        file.close()
+        if made:
+            with contextlib.suppress(OSError):  # there is something in it
+                folder.rmdir()
+
+
+def _lock(folder: Path) -> TextIO:
+    """The folder's lock file, open and locked; without a lock where the filesystem has none."""
+    while True:
+        file = open(folder / LOCK, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            with file:
+                raise ValueError(
+                    f"'{folder}' is being trained by {file.read() or 'another process'}; wait until it ends, stop it, "
+                    "or use resume=never to train beside it."
+                ) from None
+        except OSError:
+            return file
+        # A run that ended between the two lines above has removed the file that was opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                file.truncate(0)
+                return file
+        file.close()

@@ -1,8 +1,15 @@
 """A run as a whole: it learns, resumes exactly, stops when told, and says what is wrong."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import math
+import multiprocessing
+import re
+import socket
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +20,7 @@ from adasplash.attention import BACKENDS
 from adasplash.attention.huggingface import attention_backends
 from adasplash.training import TrainingDiverged, loop, train
 from adasplash.training.log import read_metrics
+from adasplash.training.run_folder import hold
 
 
 def losses(folder):
@@ -42,7 +50,7 @@ def test_every_backend_trains_evaluates_and_exports(tiny, attention):
     folder = tiny().run_dir
     model = adasplash.from_pretrained(f"{folder}/export")
     assert model.config.adasplash_attention["name"] == attention
-    rows = read_metrics(__import__("pathlib").Path(folder))
+    rows = read_metrics(Path(folder))
     assert all("step" in row for row in rows)
     names = {name for row in rows for name in row}
     assert {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/perplexity", "val/bits_per_byte"} <= names
@@ -132,6 +140,46 @@ def test_a_text_or_tokenizer_that_changed_is_refused(tiny, tmp_path):
     del saved["fingerprints"]  # as in checkpoints of former versions
     state.write_text(json.dumps(saved))
     assert train(tiny(data=data, steps=4))["step"] == 4
+
+
+def test_a_folder_in_training_is_refused_until_its_process_ends(tiny, tmp_path):
+    """A process that is killed leaves its lock file, and blocks nothing."""
+    folder = tmp_path / "run"
+    forks = multiprocessing.get_context("fork")  # a new interpreter would take seconds to import torch
+    held = forks.Event()
+
+    def hold_it():
+        with hold(folder):
+            held.set()
+            time.sleep(60)
+
+    other = forks.Process(target=hold_it)
+    other.start()
+    try:
+        assert held.wait(10)
+        told = f"'{folder}' is being trained by process {other.pid} on {socket.gethostname()}; wait"
+        with pytest.raises(ValueError, match=re.escape(told)):
+            train(tiny(steps=1))
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        assert train(tiny(steps=1, resume="never"))["run_dir"] == f"{folder}-2"
+    finally:
+        other.kill()
+        other.join()
+    assert train(tiny(steps=1))["run_dir"] == str(folder) and not (folder / ".lock").exists()
+
+
+def test_a_filesystem_without_locks_trains(tiny, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert train(tiny(steps=1))["status"] == "finished"
+
+
+def test_a_start_that_fails_leaves_no_folder(tiny, tmp_path):
+    with pytest.raises(ValueError, match="Too little data"):
+        train(tiny(seq_len=1 << 14, batch_tokens=1 << 14))
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_names_the_folder(tiny, tmp_path):
