@@ -106,7 +106,7 @@ def _measured(folder: Path, configured: Row) -> Row:
     if status != "finished":
         raise LeftOut(f"{status}: {_progress(folder, configured['steps'])}")
     perplexity = summary.get("val/perplexity")
-    if perplexity is None or not math.isfinite(perplexity):
+    if not isinstance(perplexity, int | float) or not math.isfinite(perplexity):
         raise LeftOut(f"finished, but its val/perplexity is {perplexity}")
     tokenizer = summary.get("tokenizer") or {}
     density = summary.get("attention/density")

@@ -88,8 +88,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         summary = read_summary(folder)
         if summary.get("status") == "finished" and summary["step"] >= config.steps:
             if ranks.first:
+                loss = summary.get("val/loss")
                 print(
-                    f"'{folder}' is finished (step {summary['step']}, val/loss {summary['val/loss']:.4f}). "
+                    f"'{folder}' is finished (step {summary['step']}, val/loss "
+                    f"{'not finite' if loss is None else format(loss, '.4f')}). "
                     "Use resume=never to train again beside it, or other settings."
                 )
             return summary

@@ -34,12 +34,22 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The configuration a run was started with. Raises ValueError if the folder holds none."""
+    """The configuration a run was started with. Raises ValueError if the folder holds none, or a damaged one."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"'{folder}' is no run folder: expected a config.yaml in it, as train.py writes.")
-    values = yaml.safe_load(path.read_text())
-    return from_mapping(TrainConfig, values | {"attention": without_idle_alpha(values.get("attention", {}))})
+    try:
+        values = yaml.safe_load(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"expected keys and values, got {values!r}")
+        if isinstance(values.get("attention"), dict):
+            values["attention"] = without_idle_alpha(values["attention"])
+        return from_mapping(TrainConfig, values)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"'{path}' cannot be read as a run's configuration ({reason}); put it right, or use another run_dir."
+        ) from None
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -47,11 +57,20 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What the run ended with; {} where it has not ended."""
-    try:
-        return json.loads((folder / "summary.json").read_text())
-    except (OSError, json.JSONDecodeError):
+    """What the run ended with; {} where it has not ended. Raises ValueError for a damaged file."""
+    path = folder / "summary.json"
+    if not path.exists():
         return {}
+    try:
+        summary = json.loads(path.read_text())
+        if not (isinstance(summary, dict) and "status" in summary and isinstance(summary.get("step"), int)):
+            raise ValueError("expected a mapping with status and step")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"'{path}' cannot be read as a run's summary ({error}); delete it, and the run goes on from its newest "
+            "checkpoint."
+        ) from None
+    return summary
 
 
 def choose_folder(config: TrainConfig) -> Path:

@@ -79,19 +79,21 @@ def test_the_others_are_listed_with_the_reason(tmp_path, capsys):
     make_run(runs / "nan", summary=finished(perplexity=float("nan")))
     make_run(runs / "half").joinpath("summary.json").write_text('{"status": "fini')
     make_run(runs / "no-length", summary=finished(), seq_len="long")
+    make_run(runs / "words", summary=finished(perplexity="low"))
     (runs / "empty").mkdir()
     (runs / "yaml").mkdir()
     (runs / "yaml" / "config.yaml").write_text("attention: [")
     (runs / "failed-1.txt").write_text("python train.py x=1\n\nTraceback\nValueError: Expected an even n_buckets.\n")
     (runs / "multirun.yaml").write_text("{}")
     out, rows = run_report(tmp_path, *runs.iterdir(), runs / "nowhere")
-    assert "1 of 11 runs compared" in capsys.readouterr().out
+    assert "1 of 12 runs compared" in capsys.readouterr().out
     problems = {name: row["problem"] for name, row in rows.items()}
     assert problems["good"] == ""
     assert problems["killed"] == "has not ended: step 20 of 100, val/perplexity 99.5 so far"
     assert problems["stopped"].startswith("stopped: step 20 of 100")
     assert "no step of 100" in problems["young"]
     assert "val/perplexity is nan" in problems["nan"]
+    assert "val/perplexity is low" in problems["words"]
     assert "summary.json cannot be read" in problems["half"]
     assert "no config.yaml" in problems["empty"]
     assert "config.yaml cannot be read" in problems["yaml"] and "config.yaml cannot be read" in problems["no-length"]

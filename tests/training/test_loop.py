@@ -20,7 +20,7 @@ from adasplash.attention import BACKENDS
 from adasplash.attention.huggingface import attention_backends
 from adasplash.training import TrainingDiverged, loop, train
 from adasplash.training.log import read_metrics
-from adasplash.training.run_folder import hold
+from adasplash.training.run_folder import hold, write_config
 
 
 def losses(folder):
@@ -105,6 +105,10 @@ def test_finished_runs_are_not_run_again_and_never_starts_beside(tiny, tmp_path,
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert train(tiny())["status"] == "finished"
     assert "is finished" in capsys.readouterr().out
+    summary = tmp_path / "run" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"val/loss": None}))
+    assert train(tiny())["status"] == "finished"
+    assert "is finished (step 6, val/loss not finite)" in capsys.readouterr().out
     assert train(tiny(resume="never"))["run_dir"] == str(tmp_path / "run-2")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
@@ -180,6 +184,19 @@ def test_a_start_that_fails_leaves_no_folder(tiny, tmp_path):
     with pytest.raises(ValueError, match="Too little data"):
         train(tiny(seq_len=1 << 14, batch_tokens=1 << 14))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", b"text", b"seed: 0\nattention: [", b"attention: 3", b"sead: 0", b"\xff"]
+)
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+def test_damaged_files_of_a_run_are_named(tiny, tmp_path, name, content):
+    (tmp_path / "run").mkdir()
+    if name == "summary.json":
+        write_config(tmp_path / "run", tiny().with_device_defaults(False))
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"'.*run/{name}' cannot be read as a run's .*; (put it right|delete it)"):
+        train(tiny())
 
 
 def test_resume_names_the_folder(tiny, tmp_path):
