@@ -104,7 +104,7 @@ def _measured(folder: Path, configured: Row) -> Row:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LeftOut(f"its summary.json cannot be read ({type(error).__name__}: {_one_line(error)})") from None
     if status != "finished":
-        raise LeftOut(f"{status}: {_progress(folder, configured['steps'])}")
+        raise LeftOut(f"{status}: {_progress(folder, configured['steps'], summary.get('step'))}")
     perplexity = summary.get("val/perplexity")
     if not isinstance(perplexity, int | float) or not math.isfinite(perplexity):
         raise LeftOut(f"finished, but its val/perplexity is {perplexity}")
@@ -124,13 +124,15 @@ def _measured(folder: Path, configured: Row) -> Row:
     }
 
 
-def _progress(folder: Path, steps: int) -> str:
+def _progress(folder: Path, steps: int, saved_at: int | None = None) -> str:
+    """saved_at: where the run stopped, which may be after the last step that it logged."""
     rows = _metrics(folder)
-    if not rows:
+    reached = [step for step in (saved_at, *(row["step"] for row in rows)) if isinstance(step, int)]
+    if not reached:
         return f"no step of {steps} logged"
     perplexities = [row["val/perplexity"] for row in rows if row.get("val/perplexity") is not None]
     so_far = f", val/perplexity {perplexities[-1]:.4g} so far" if perplexities else ""
-    return f"step {rows[-1]['step']} of {steps}{so_far}"
+    return f"step {max(reached)} of {steps}{so_far}"
 
 
 def _metrics(folder: Path) -> list[Row]:

@@ -74,7 +74,7 @@ def test_the_others_are_listed_with_the_reason(tmp_path, capsys):
     make_run(runs / "good", summary=finished())
     torn = '{"step": 10, "val/perplexity": 99.5}\n{"step": 20, "train/loss": 4.0}\n{"step": 30, "train/lo'
     make_run(runs / "killed", metrics=torn)
-    make_run(runs / "stopped", summary={"status": "stopped", "step": 20}, metrics=torn)
+    make_run(runs / "stopped", summary={"status": "stopped", "step": 28}, metrics=torn)
     make_run(runs / "young")
     make_run(runs / "nan", summary=finished(perplexity=float("nan")))
     make_run(runs / "half").joinpath("summary.json").write_text('{"status": "fini')
@@ -90,7 +90,7 @@ def test_the_others_are_listed_with_the_reason(tmp_path, capsys):
     problems = {name: row["problem"] for name, row in rows.items()}
     assert problems["good"] == ""
     assert problems["killed"] == "has not ended: step 20 of 100, val/perplexity 99.5 so far"
-    assert problems["stopped"].startswith("stopped: step 20 of 100")
+    assert problems["stopped"].startswith("stopped: step 28 of 100")
     assert "no step of 100" in problems["young"]
     assert "val/perplexity is nan" in problems["nan"]
     assert "val/perplexity is low" in problems["words"]
