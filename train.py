@@ -20,7 +20,7 @@ from adasplash.training import (
     check_overrides,
     from_mapping,
     groups_of,
-    read_config,
+    resumed,
     train,
 )
 
@@ -39,8 +39,8 @@ def typed_config(composed: DictConfig, overrides: list[str]) -> TrainConfig:
     """The composed configuration as dataclasses; `resume=FOLDER` takes that run's own, changed by the command line."""
     values = OmegaConf.to_container(composed, resolve=True)
     if values["resume"] not in ("auto", "never"):
-        folder = Path(values["resume"])
-        saved = OmegaConf.create(read_config(folder).to_mapping() | {"resume": str(folder), "run_dir": str(folder)})
+        folder, saved = resumed(values["resume"])
+        saved = OmegaConf.create(saved.to_mapping() | {"resume": str(folder), "run_dir": str(folder)})
         for word in overrides:
             key = word.lstrip("+").partition("=")[0]
             if key in groups_of(CONFIGS):

@@ -4,7 +4,7 @@ from ..typed import from_mapping
 from .config import TrainConfig, check_overrides, groups_of
 from .jobs import Jobs
 from .loop import TrainingDiverged, train
-from .run_folder import read_config, read_summary
+from .run_folder import read_config, read_summary, resumed
 
 __all__ = [
     "Jobs",
@@ -15,5 +15,6 @@ __all__ = [
     "groups_of",
     "read_config",
     "read_summary",
+    "resumed",
     "train",
 ]

@@ -86,7 +86,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config = config.with_device_defaults(ranks.device.type == "cuda")
         folder = choose_folder(config)
         summary = read_summary(folder)
-        if summary.get("status") == "finished" and summary["step"] >= config.steps:
+        if summary.get("status") == "finished" and summary["step"] > config.steps:
+            raise ValueError(
+                f"Expected steps of at least {summary['step']}, where '{folder}' is finished, got {config.steps}; "
+                "use resume=never to train fewer steps beside it."
+            )
+        if summary.get("status") == "finished" and summary["step"] == config.steps:
             if ranks.first:
                 loss = summary.get("val/loss")
                 print(

@@ -80,30 +80,48 @@ def choose_folder(config: TrainConfig) -> Path:
         ValueError: if the folder holds a run with other settings, or `resume` names no run or another folder.
     """
     if config.resume not in ("auto", "never"):
-        folder = Path(config.resume)
-        saved = read_config(folder)
+        folder, saved = resumed(config.resume)
         if config.run_dir and Path(config.run_dir).resolve() != folder.resolve():
             raise ValueError(
                 f"resume={folder} goes on in that folder, and not in run_dir={config.run_dir}; leave run_dir out."
             )
     else:
         folder = Path(config.run_dir) if config.run_dir else ROOT / config.run_name()
-        if config.resume == "never":
-            return _unused(folder)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"Expected run_dir as a folder, got the file '{folder}'.")
+        if config.resume == "never":
+            return _unused(folder)
         if not (folder / "config.yaml").exists():
             return folder
         saved = read_config(folder)
-    ours, theirs = config.to_mapping(), saved.to_mapping()
-    differing = [key for key in ours if ours[key] != theirs[key] and key not in MAY_CHANGE]
+    ours, theirs = _flat(config.to_mapping()), _flat(saved.to_mapping())
+    differing = [
+        f"{key} = {theirs.get(key)}, now it is {ours.get(key)}"
+        for key in ours | theirs
+        if ours.get(key) != theirs.get(key) and key.split(".")[0] not in MAY_CHANGE
+    ]
     if differing:
-        key = differing[0]
         raise ValueError(
-            f"The run in '{folder}' was started with {key} = {theirs[key]}, now it is {ours[key]}. "
+            f"The run in '{folder}' was started with {'; with '.join(differing)}. "
             "Choose another run_dir, or resume=never to start beside it."
         )
     return folder
+
+
+def resumed(resume: str) -> tuple[Path, TrainConfig]:
+    """The folder of a run that `resume` names, and the configuration there. Raises ValueError where it names none."""
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise ValueError(f"Expected resume=auto, resume=never or the folder of a run; '{resume}' is no run folder.")
+    return folder, read_config(folder)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _unused(folder: Path) -> Path:

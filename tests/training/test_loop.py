@@ -123,6 +123,8 @@ def test_fewer_steps_than_were_made_are_refused(tiny, tmp_path, monkeypatch):
         train(tiny(steps=3))
     assert (tmp_path / "run" / "config.yaml").read_text() == before and not (tmp_path / "run" / "export").exists()
     train(tiny(steps=8))
+    with pytest.raises(ValueError, match="steps of at least 8, where '.*run' is finished, got 7; use resume=never"):
+        train(tiny(steps=7))
     assert "steps: 6 -> 8" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -218,6 +220,11 @@ def test_a_folder_of_another_run_is_refused(tiny):
     train(tiny(steps=1))
     with pytest.raises(ValueError, match="started with seed = 0, now it is 1"):
         train(tiny(steps=1, seed=1))
+    told = r"with optim.learning_rate = 0.001, now it is 0.01; with optim.eps = 1e-08, now it is 1e-07\. Choose"
+    with pytest.raises(ValueError, match=told):
+        train(tiny(steps=1, optim={"learning_rate": 1e-2, "eps": 1e-7}))
+    with pytest.raises(ValueError, match="with model.config.n_layer = 2, now it is None. Choose"):
+        train(tiny(steps=1, model={"name": "tiny", "config": {"n_head": 2, "n_embd": 32}}))
 
 
 def test_non_finite_steps_are_skipped_and_too_many_stop(tiny, tmp_path, monkeypatch):
@@ -281,7 +288,9 @@ def test_alpha_is_scheduled_in_training(tiny, tmp_path, monkeypatch):
         ({"device": "cuda"}, "no GPU"),
         ({"parallel": {"kind": "ddp"}}, "torchrun"),
         ({"init_from": "nowhere"}, "nowhere"),
-        ({"resume": "nowhere"}, "no run folder"),
+        ({"resume": "sometimes"}, "resume=auto, resume=never or the folder of a run; 'sometimes' is no run folder"),
+        ({"run_dir": __file__}, "run_dir as a folder, got the file"),
+        ({"run_dir": __file__, "resume": "never"}, "run_dir as a folder, got the file"),
         ({"run_dir": "/dev/null/run"}, "Cannot write '/dev/null/run' .* choose another run_dir"),
     ],
 )
