@@ -50,5 +50,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return int(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
+    if origin in (list, tuple):
+        length = f" of {len(arguments)}" if origin is tuple else ""
+        raise ValueError(f"Expected {where} as a list{length}, got {value!r}.")
     expected = "bool (true or false)" if hint is bool else getattr(hint, "__name__", str(hint))
     raise ValueError(f"Expected {where} of type {expected}, got {value!r}.")

@@ -190,6 +190,11 @@ def groups_of(configs: Path) -> dict[str, list[str]]:
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
+# Hydra's options whose value is the next word.
+HYDRA_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+HYDRA_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun", "--info", "-i"}
+
+
 def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]]) -> list[str]:
     """Checks `key=value` words of a command line before they are composed.
 
@@ -201,18 +206,31 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
         and quotes around a text (the pattern of a path, say) with brackets in it.
 
     Raises:
-        ValueError: for an unknown key or group member, with the nearest valid one.
+        ValueError: for an unknown key or group member, with the nearest valid one; for words, lists and several values
+            that Hydra would take for something else, with what to write.
     """
     keys = valid_keys(cls)
     free = tuple(f"{key}." for key, hint in _free_mappings(cls))
+    sweep = any(word in ("-m", "--multirun") or word.startswith("hydra.mode=") for word in overrides)
     checked = []
-    for word in overrides:
-        if word.startswith("-") or word.startswith("hydra"):
+    for before, word, after in zip(["", *overrides], overrides, [*overrides[1:], ""], strict=False):
+        key, equals, value = word.lstrip("+~").partition("=")
+        alone = after if after and not after.startswith("-") and "=" not in after else "VALUE"
+        if before in HYDRA_WITH_VALUE or word.startswith("hydra"):
             checked.append(word)
             continue
-        key, equals, value = word.lstrip("+~").partition("=")
+        if word.startswith("-"):
+            key = key.lstrip("-").replace("-", "_")
+            if key in keys or key in groups or key.startswith(free):
+                raise ValueError(
+                    f"Expected key=value without dashes, got '{word}'; write {key}={value if equals else alone}."
+                )
+            checked.append(word)
+            continue
         if not equals and not word.startswith("~"):
-            raise ValueError(f"Expected key=value on the command line, got '{word}'.{nearest(word, [*keys, *groups])}")
+            known = [k for k in [*keys, *groups] if k == key or k.endswith(f".{key}")]
+            hint = f" Did you mean '{known[0]}={alone}'?" if known else nearest(word, [*keys, *groups])
+            raise ValueError(f"Expected key=value on the command line, got '{word}'.{hint}")
         if key in groups:
             for member in value.split(",") if not any(c in value for c in "([{") else []:
                 if member not in groups[key] and member != "null":
@@ -225,11 +243,45 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
             hint = f" Did you mean '{by_end[0]}'?" if by_end else nearest(key, [*keys, *groups])
             raise ValueError(f"Unknown configuration key '{key}'.{hint}")
         elif not word.startswith("~"):
+            _check_list(key, keys.get(key), value)
             if keys.get(key) in (str, str | None) and set(value) & set("()[]{}") and not set(value) & set(",'\""):
                 value = f"'{value}'"
             word = f"++{key}={value}"
+        if not sweep and _is_several(value):
+            files = " Several files are given as a folder or a pattern, such as 'texts/*.txt'."
+            raise ValueError(
+                f"Several values of {key}, got {value}, need -m, which does one after another; without it give one."
+                f"{files if key.endswith('path') else ''}"
+            )
         checked.append(word)
     return checked
+
+
+def _check_list(key: str, hint: Any, value: str) -> None:
+    """Raises ValueError for a value without brackets where a list belongs."""
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) in (list, tuple)]
+    if not kinds or value in ("", "null") or any(c in value for c in "[($"):
+        return
+    items = value.split(",")
+    if typing.get_origin(kinds[0]) is tuple and len(items) < len(typing.get_args(kinds[0])):
+        items.append("...")
+    raise ValueError(f"Expected {key} as a list, got {value}; write {key}=[{','.join(items)}].")
+
+
+def _is_several(value: str) -> bool:
+    """Whether Hydra takes it for several values: with a comma outside of brackets and quotes."""
+    depth, quote, before = 0, "", ""
+    for character in value:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character == "," and not depth and before != "\\":
+            return True
+        else:
+            depth += (character in "([{") - (character in ")]}")
+        before = character
+    return False
 
 
 def _free_mappings(cls: type, prefix: str = ""):

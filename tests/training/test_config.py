@@ -1,6 +1,7 @@
 """The typed border: keys, types, defaults, and the run's name."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ GROUPS = groups_of(ROOT / "configs")
         ({"attention": "flash"}, "Expected attention of type AttentionConfig, got 'flash'"),
         ({"wandb": "yes"}, "off, offline, online"),
         ({"seq_len": 48, "batch_tokens": 100}, "nearest is batch_tokens=96"),
+        ({"optim": {"betas": [0.9]}}, "Expected optim.betas as a list of 2, got [0.9]."),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep of at least 1"),
     ],
 )
@@ -47,13 +49,59 @@ def test_bad_values_are_told_in_a_sentence(values, told):
         ("seqlen=3", "Did you mean 'seq_len'"),
         ("path=x", "Did you mean 'data.path'"),
         ("attention.alhpa=2", "Did you mean 'attention.alpha'"),
-        ("attention", "Expected key=value"),
+        ("attention", "Expected key=value on the command line, got 'attention'. Did you mean 'attention=VALUE'?"),
+        ("seq_len 128", "got 'seq_len'. Did you mean 'seq_len=128'?"),
+        ("seq_len seed=1", "got 'seq_len'. Did you mean 'seq_len=VALUE'?"),
+        ("learning_rate 0.1", "Did you mean 'optim.learning_rate=0.1'?"),
+        ("--seq_len=128", "write seq_len=128."),
+        ("--seq-len 128", "write seq_len=128."),
+        ("--attention=flash", "write attention=flash."),
+        ("--model.config.n_layer=2", "write model.config.n_layer=2."),
+        ("optim.betas=0.9", "Expected optim.betas as a list, got 0.9; write optim.betas=[0.9,...]."),
+        ("optim.betas=0.9,0.98", "write optim.betas=[0.9,0.98]."),
+        ("attention=softmax,flash", "Several values of attention, got softmax,flash, need -m"),
+        ("seq_len=8192,16384", "Several values of seq_len, got 8192,16384, need -m"),
+        ("data.path=a,b", "need -m, which does one after another; without it give one. Several files are given as a"),
     ],
 )
 def test_command_line_typos_name_the_nearest(word, told):
     with pytest.raises(ValueError) as error:
-        check_overrides([word], TrainConfig, GROUPS)
+        check_overrides(word.split(), TrainConfig, GROUPS)
     assert told in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    seq_lens: list[int] | None = None
+
+
+@pytest.mark.parametrize(("value", "list_of"), [("256", "[256]"), ("256,512", "[256,512]")])
+def test_a_list_without_brackets_is_told_how_to_write_it(value, list_of):
+    with pytest.raises(ValueError, match=re.escape(f"as a list, got {value}; write seq_lens={list_of}.")):
+        check_overrides([f"seq_lens={value}"], Lengths, {})
+    for right in (list_of, "null", "[256],[512]"):
+        assert check_overrides(["-m", f"seq_lens={right}"], Lengths, {}) == ["-m", f"++seq_lens={right}"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--cfg job",
+        "--config-dir folder --multirun",
+        "-m attention=softmax,flash",
+        "attention=softmax,flash --multirun",
+        "hydra.mode=MULTIRUN attention=softmax,flash",
+        "--help",
+        "--info",
+    ],
+)
+def test_options_of_hydra_pass(words):
+    assert check_overrides(words.split(), TrainConfig, GROUPS) == words.split()
+
+
+def test_commas_in_brackets_and_quotes_are_of_one_value():
+    words = ["run_dir='a,b'", "optim.betas=[0.9,0.99]", "model.config={n_layer: 2, n_head: 2}", r"data.path=a\,b"]
+    assert check_overrides(words, TrainConfig, GROUPS) == [f"++{word}" for word in words]
 
 
 def test_right_command_lines_pass_and_any_typed_key_can_be_set():
