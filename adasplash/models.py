@@ -66,6 +66,9 @@ def build_model(
     if init_from is not None:
         if not Path(init_from).is_dir():  # a name of the hub would be looked for on the network
             raise ValueError(f"Expected init_from as the folder of a transformers checkpoint, got '{init_from}'.")
+        exported = Path(init_from) / "export"
+        if (exported / "config.json").is_file():  # the folder of a run
+            raise ValueError(f"Expected init_from as the folder of a transformers checkpoint; take '{exported}'.")
         model = from_pretrained(init_from, attention, **(options or {}))
         if model.config.vocab_size < vocab_size:
             raise ValueError(

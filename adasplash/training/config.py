@@ -121,6 +121,8 @@ class TrainConfig:
         check_choice("wandb", self.wandb, ("off", "offline", "online"))
         check_counts(self, "seq_len", "steps", "batch_tokens", "micro_batch_tokens", "log_every", "max_nonfinite")
         check_counts(self, "checkpoint.every", "checkpoint.keep", "eval.every", "eval.tokens")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"Expected seed of at least 0 and below 2**63, got {self.seed}.")
         if self.seq_len and self.batch_tokens and self.batch_tokens % self.seq_len:
             near = max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len
             raise ValueError(

@@ -122,6 +122,17 @@ class _Run:
         self.micro_batch = micro_batch_size(self.sequences, config.micro_batch_tokens // config.seq_len)
 
         tokenizer = build_tokenizer(config.tokenizer)
+        # before the text is prepared, which may take hours: what is wrong with the model is told at once
+        torch.manual_seed(config.seed)
+        self.model = build_model(
+            config.model,
+            vocab_size=tokenizer.vocab_size,
+            end_token=tokenizer.end_token,
+            seq_len=config.seq_len,
+            attention=config.attention.name,
+            options=config.attention.options,
+            init_from=config.init_from,
+        )
         if not ranks.first:
             ranks.barrier()  # the first rank prepares, the others find it done
         tokens = prepare(config.data, tokenizer, announce=print if ranks.first else lambda message: None)
@@ -142,16 +153,7 @@ class _Run:
             autocast=self.autocast,
         )
 
-        torch.manual_seed(config.seed)
-        self.model = build_model(
-            config.model,
-            vocab_size=tokenizer.vocab_size,
-            end_token=tokenizer.end_token,
-            seq_len=config.seq_len,
-            attention=config.attention.name,
-            options=config.attention.options,
-            init_from=config.init_from,
-        ).to(ranks.device)
+        self.model.to(ranks.device)
         self.model.train()
         torch.manual_seed(config.seed + 1 + ranks.rank)
         if config.activation_checkpointing:

@@ -32,6 +32,7 @@ GROUPS = groups_of(ROOT / "configs")
         ({"wandb": "yes"}, "off, offline, online"),
         ({"seq_len": 48, "batch_tokens": 100}, "nearest is batch_tokens=96"),
         ({"optim": {"betas": [0.9]}}, "Expected optim.betas as a list of 2, got [0.9]."),
+        ({"seed": -1}, "seed of at least 0 and below 2**63, got -1"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep of at least 1"),
     ],
 )

@@ -182,6 +182,28 @@ def test_a_filesystem_without_locks_trains(tiny, monkeypatch):
     assert train(tiny(steps=1))["status"] == "finished"
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": {"type": "gtp2"}}, "no causal language model of type 'gtp2'"),
+        ({"model": {"config": {"n_layers": 2}}}, "no key 'n_layers' for type gpt2"),
+        ({"init_from": "nowhere"}, "init_from as the folder of a transformers checkpoint, got 'nowhere'"),
+    ],
+)
+def test_what_is_wrong_with_the_model_is_told_before_the_text_is_prepared(tiny, tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        train(tiny(**changes))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_starting_from_a_run_names_its_export(tiny, tmp_path):
+    train(tiny(steps=1))
+    with pytest.raises(ValueError, match="take '.*run/export'"):
+        train(tiny(steps=1, init_from=str(tmp_path / "run"), run_dir=str(tmp_path / "second")))
+    summary = train(tiny(steps=1, init_from=str(tmp_path / "run" / "export"), run_dir=str(tmp_path / "second")))
+    assert summary["status"] == "finished"
+
+
 def test_a_start_that_fails_leaves_no_folder(tiny, tmp_path):
     with pytest.raises(ValueError, match="Too little data"):
         train(tiny(seq_len=1 << 14, batch_tokens=1 << 14))
@@ -287,7 +309,6 @@ def test_alpha_is_scheduled_in_training(tiny, tmp_path, monkeypatch):
         ({"seq_len": 1 << 20, "batch_tokens": 1 << 20}, "Too little|too little|needs? at least"),
         ({"device": "cuda"}, "no GPU"),
         ({"parallel": {"kind": "ddp"}}, "torchrun"),
-        ({"init_from": "nowhere"}, "nowhere"),
         ({"resume": "sometimes"}, "resume=auto, resume=never or the folder of a run; 'sometimes' is no run folder"),
         ({"run_dir": __file__}, "run_dir as a folder, got the file"),
         ({"run_dir": __file__, "resume": "never"}, "run_dir as a folder, got the file"),
