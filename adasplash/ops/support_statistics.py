@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .announce import announce
 from .entmax.reference import entmax
 from .implementation import choose_implementation
 from .key_range import KeyRange
@@ -106,11 +107,15 @@ def support_statistics(
     tiles = visible_tiles(key_range, k.shape[2]) if tiles is None else tiles
     chosen = choose_implementation(implementation, q.device, q.dtype, q.shape[-1])
     if chosen == "triton" and (isinstance(alpha, Tensor) or alpha > 1.0):
-        from .entmax_attention.statistics import count_support
+        from .entmax_attention import statistics
 
-        found, active, tile_mode = count_support(q, k, key_range, **how)
-        density = active.sum((0, 2)) / tiles.clamp(min=1)
-        return SupportStatistics(density, found.float().mean((0, 2)), found.amax((0, 2)).float(), tile_mode)
+        if statistics.fits(q, TILE):
+            found, active, tile_mode = statistics.count_support(q, k, key_range, **how)
+            density = active.sum((0, 2)) / tiles.clamp(min=1)
+            return SupportStatistics(density, found.float().mean((0, 2)), found.amax((0, 2)).float(), tile_mode)
+        announce(
+            f"Supports are counted by the torch reference: float32 heads of dim {q.shape[-1]} are too wide for the kernel."
+        )
     active, support, largest = torch.zeros(3, heads, device=q.device).unbind()
     for _, _, weighted in weighted_pairs(q, k, key_range, **how):
         found = weighted.sum(-1)  # (B, H, rows)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..jit import SIZES, load_rows, load_tile, program_head, score_tile, visible_tiles
 from ..key_range import KeyRange
 from ..launch import dot_precision, head_constants, with_equal_strides
+from ..tile_table import block_dim
 from .operator import Forward, entmax_attention_forward, operator_arguments
 
 
@@ -66,6 +67,14 @@ def count_support_kernel(
     tl.store(ACTIVE + bh * blocks + block, active)
 
 
+def fits(q: Tensor, tile: int) -> bool:
+    """Whether the GPU has the shared memory to count in tiles of heads as wide as q's: float32 takes two halves of both tiles."""
+    if q.device.type != "cuda" or q.dtype != torch.float32:
+        return True
+    needed = 2 * 2 * tile * block_dim(q.shape[-1]) * 4
+    return needed <= torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+
+
 def count_support(
     q: Tensor, k: Tensor, key_range: KeyRange, *, tile: int, alpha: float | Tensor, scale: float, **places
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +97,7 @@ def count_support(
             q, k, start, stop, alpha, slopes, query_position, key_position, found.tau, support, active,
             scale, *q.stride()[:3], *k.stride()[:3], *start.stride()[:2],
             heads, heads // k.shape[1], query_length, k.shape[2], blocks,
-            num_stages=1,  # float32 tiles of head dim 256 fit into shared memory once
+            num_stages=1,  # tiles of wide heads fit into shared memory once
             TILE=tile, PRECISION=dot_precision(q.dtype), **head_constants(q, slopes),
         )  # fmt: skip
     return support, active, found.in_tiles.view(batch, heads, -1).float().mean((0, 2))
