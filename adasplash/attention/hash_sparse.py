@@ -16,7 +16,8 @@ from .backend import AttentionBackend, NormaliserOptions
 @dataclass(frozen=True, kw_only=True)
 class HashSparseOptions(NormaliserOptions):
     """Args:
-    n_buckets: even; about 1 / n_buckets of the pairs remain.
+    n_buckets: even; about 1 / n_buckets of the pairs remain. Buckets are of queries and keys as their positions have turned
+        them: with pads on the left the model wants position_ids that count the kept tokens.
     shared_qk: the keys are the normalised queries, as in the paper. Not with grouped heads, nor with a cache.
     attend_self: whether a query sees the key at its own place (the paper's training kernel: no; causal models only).
     resample: draw new directions in every training step, as the paper does; in evaluation the ones drawn last.

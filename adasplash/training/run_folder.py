@@ -6,7 +6,6 @@ config.yaml  metrics.jsonl  log.txt  summary.json  checkpoints/  export/  plots/
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -17,6 +16,12 @@ from typing import Any, TextIO
 import yaml
 
 from ..attention import without_idle_alpha
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from ..files import write_atomically
 from ..typed import from_mapping
 from .config import TrainConfig
@@ -159,9 +164,11 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> TextIO:
-    """The folder's lock file, open and locked; without a lock where the filesystem has none."""
+    """The folder's lock file, open and locked; without a lock where the system or its filesystem has none."""
     while True:
         file = open(folder / LOCK, "a+")
+        if fcntl is None:
+            return file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
