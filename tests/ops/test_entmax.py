@@ -216,6 +216,8 @@ def test_does_not_change_its_input_and_takes_strided_ones():
         (1.00001, "alpha = 1 .softmax. or at least 1.0001, got alpha = 1.00001"),
         (float("nan"), "1 <= alpha <= 2"),
         (torch.tensor(1.0), "1.0001 <= alpha <= 2 throughout a tensor alpha, got 1"),
+        (torch.ones(2, 1, dtype=torch.bfloat16), "throughout a tensor alpha, got 1"),
+        (torch.ones(2, 1, dtype=torch.float16), "throughout a tensor alpha, got 1"),
         (torch.tensor(float("nan")), "got nan"),
         (torch.tensor([1.5, 2.5]).view(2, 1), "got 2.5"),
         (torch.full((3, 1), 1.5), "size 1 at dim -1"),

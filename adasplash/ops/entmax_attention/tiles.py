@@ -259,11 +259,11 @@ def tiles_backward_rows_kernel(
                 u_sum += tl.sum(u, 1)
                 delta += tl.sum(ds, 1)
                 if ALPHA_GRADIENT:
-                    h_ = -p * tl.log(tl.maximum(p, 1e-37))
+                    entropy_term = -p * tl.log(tl.maximum(p, 1e-37))
                     p_sum += tl.sum(p, 1)
                     p_dp += tl.sum(p * dp, 1)
-                    entropy += tl.sum(h_, 1)
-                    entropy_dp += tl.sum(h_ * dp, 1)
+                    entropy += tl.sum(entropy_term, 1)
+                    entropy_dp += tl.sum(entropy_term * dp, 1)
         delta = delta / tl.where(u_sum > 0.0, u_sum, 1.0)
         dq = (dq - delta[:, None] * k_mean) * scale
         full = inside[:, None] & (d < D)[None, :]
