@@ -66,9 +66,6 @@ def build_model(
     if init_from is not None:
         if not Path(init_from).is_dir():  # a name of the hub would be looked for on the network
             raise ValueError(f"Expected init_from as the folder of a transformers checkpoint, got '{init_from}'.")
-        exported = Path(init_from) / "export"
-        if (exported / "config.json").is_file():  # the folder of a run
-            raise ValueError(f"Expected init_from as the folder of a transformers checkpoint; take '{exported}'.")
         model = from_pretrained(init_from, attention, **(options or {}))
         if model.config.vocab_size < vocab_size:
             raise ValueError(
@@ -97,7 +94,7 @@ def build_model(
     for key in ATTENTION_DROPOUTS & given:
         if config.config.get(key):
             raise ValueError(
-                f"model.config.{key} = {config.config[key]:g}, but no backend has attention dropout; leave it out."
+                f"model.config.{key} = {config.config[key]!r}, but no backend has attention dropout; leave it out."
             )
     no_dropout = {
         key: 0.0

@@ -251,9 +251,10 @@ def test_a_new_model_has_no_dropout_unless_told(given, expected):
     assert (built.attn_pdrop, built.resid_pdrop, built.embd_pdrop) == expected
 
 
-def test_attention_dropout_is_refused_in_a_new_model():
-    config = models.ModelConfig(config={"attn_pdrop": 0.1})
-    with pytest.raises(ValueError, match="model.config.attn_pdrop = 0.1, but no backend has attention dropout"):
+@pytest.mark.parametrize("value", [0.1, "0.1"])
+def test_attention_dropout_is_refused_in_a_new_model(value):
+    config = models.ModelConfig(config={"attn_pdrop": value})
+    with pytest.raises(ValueError, match="model.config.attn_pdrop = .*0.1.*, but no backend has attention dropout"):
         models.build_model(config, vocab_size=64, end_token=0, seq_len=8, attention="adasplash")
 
 

@@ -123,13 +123,18 @@ def _refuse(module: nn.Module, name: str) -> None:
     )
 
 
-def _refuse_weights(module: nn.Module, arguments: tuple, kwargs: dict) -> None:
-    """Ahead of a model's forward, as many models do not hand output_attentions on to their layers."""
-    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+def _refuse_weights(asked: bool | None) -> None:
+    if asked:
         raise ValueError(
             "The attention backends never hold the weights of attention that output_attentions=True asks for; "
             'use attn_implementation="eager" for them, or adasplash.attention_statistics for how many are not zero.'
         )
+
+
+def _before_forward(model: PreTrainedModel, arguments: tuple, kwargs: dict) -> None:
+    """A hook of patched models, as many do not hand output_attentions on to their layers."""
+    if model.config._attn_implementation == NAME:
+        _refuse_weights(kwargs.get("output_attentions") or model.config.output_attentions)
 
 
 def _refuse_unsupported(module: nn.Module, attention_mask, packed, kwargs: dict) -> None:
@@ -146,7 +151,7 @@ def _refuse_unsupported(module: nn.Module, attention_mask, packed, kwargs: dict)
             "Expected packed documents as position_ids that start again at each document, got cu_seq_lens_q; "
             "leave cu_seq_lens_q out (return_flash_attn_kwargs=False in the collator)."
         )
-    _refuse_weights(module, (), kwargs)
+    _refuse_weights(kwargs.get("output_attentions"))
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             _refuse(module, name)
@@ -334,7 +339,7 @@ def patch_attention(model: PreTrainedModel, backend: str = "adasplash", **option
             f"Expected a transformers model, got {model!r:.60}; load it first, "
             "for example with AutoModelForCausalLM.from_pretrained or adasplash.from_pretrained."
         )
-    _refuse_weights(model, (), {})
+    _refuse_weights(model.config.output_attentions)
     register()
     parsed = backend_options(backend, options)
     layers = attention_layers(model)
@@ -353,6 +358,6 @@ def patch_attention(model: PreTrainedModel, backend: str = "adasplash", **option
         device = next(layer.parameters()).device
         setattr(layer, SUBMODULE, module.to(device).train(layer.training))
     setattr(model.config, CONFIG_FIELD, {"name": backend, **dataclasses.asdict(parsed)})
-    if _refuse_weights not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
+    if _before_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     return model

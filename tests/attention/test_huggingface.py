@@ -445,6 +445,8 @@ def test_the_weights_of_attention_are_refused(kind):
     adasplash.patch_attention(model, "flash")
     with pytest.raises(ValueError, match="never hold the weights of attention.*eager"):
         model(tokens(), output_attentions=True)
+    model.set_attn_implementation("eager")
+    assert model(tokens(), output_attentions=True).attentions[0].shape[-2:] == (24, 24)
     model = tiny(kind)
     model.set_attn_implementation("eager")
     model.config.output_attentions = True
