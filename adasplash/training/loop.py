@@ -9,6 +9,7 @@ import math
 import signal
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,24 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 )
             return summary
         ranks.barrier()  # all have looked for the folder before the first makes it
-        with hold(folder) if ranks.first else contextlib.nullcontext():
+        with _held(folder, ranks):
             return _Run(config, folder, ranks).train()
+
+
+@contextlib.contextmanager
+def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """`hold` by the first rank; where it is refused all ranks raise, so that none waits for another."""
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if ranks.first:
+            try:
+                stack.enter_context(hold(folder))
+            except ValueError as error:
+                refusal = error
+        (refused,) = ranks.sum(refusal is not None)
+        if refused:
+            raise refusal or ValueError("The first process was refused the run folder; see there.")
+        yield
 
 
 class _Run:
@@ -194,10 +211,7 @@ class _Run:
         if not self.ranks.first:
             self.log = NullLog()
             return
-        try:
-            write_config(self.folder, self.config)
-        except OSError as error:
-            raise ValueError(f"Cannot write '{self.folder}' ({error.strerror}); choose another run_dir.") from None
+        write_config(self.folder, self.config)
         self.log = RunLog(
             self.folder,
             wandb=self.config.wandb,

@@ -156,7 +156,9 @@ def hold(folder: Path) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # before it is let go: the next one must not find its own removed
+        # Before it is let go: the next one must not find its own removed. Windows does not remove an open file, nor lock it.
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
         file.close()
         if made:
             with contextlib.suppress(OSError):  # there is something in it

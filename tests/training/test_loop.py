@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import fcntl
 import json
 import math
 import multiprocessing
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 import adasplash
 from adasplash.attention import BACKENDS
 from adasplash.attention.huggingface import attention_backends
-from adasplash.training import TrainingDiverged, loop, train
+from adasplash.training import TrainingDiverged, loop, run_folder, train
 from adasplash.training.log import read_metrics
 from adasplash.training.run_folder import hold, write_config
 
@@ -178,8 +177,35 @@ def test_a_filesystem_without_locks_trains(tiny, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
+    fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert train(tiny(steps=1))["status"] == "finished"
+
+
+def test_a_system_without_locks_trains(tiny, monkeypatch):
+    """As Windows, which does not remove open files either."""
+
+    def refuse(path, *arguments, **how):
+        raise PermissionError(errno.EACCES, "in use")
+
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with run_folder.hold(Path(tiny().run_dir)):
+            pass
+    assert train(tiny(steps=1))["status"] == "finished"
+
+
+def test_where_the_first_rank_is_refused_the_folder_no_rank_waits(tiny):
+    class Second:
+        first = False
+
+        def sum(self, *numbers):
+            return [number + 1 for number in numbers]
+
+    with pytest.raises(ValueError, match="The first process was refused the run folder"):
+        with loop._held(Path(tiny().run_dir), Second()):
+            raise AssertionError("this rank went on")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +224,7 @@ def test_what_is_wrong_with_the_model_is_told_before_the_text_is_prepared(tiny, 
 
 def test_starting_from_a_run_names_its_export(tiny, tmp_path):
     train(tiny(steps=1))
-    with pytest.raises(ValueError, match="take '.*run/export'"):
+    with pytest.raises(ValueError, match="take its model: .*run/export"):
         train(tiny(steps=1, init_from=str(tmp_path / "run"), run_dir=str(tmp_path / "second")))
     summary = train(tiny(steps=1, init_from=str(tmp_path / "run" / "export"), run_dir=str(tmp_path / "second")))
     assert summary["status"] == "finished"
