@@ -260,6 +260,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        jobs.report()
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
-    jobs.finish()
+    sys.exit(1 if jobs.report() else 0)

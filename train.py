@@ -59,6 +59,7 @@ def main(composed: DictConfig) -> None:
     if summary and summary["status"] == "stopped":
         how = f"python train.py resume={summary['run_dir']}"
         print(f"Stopped and saved at step {summary['step']}. Go on with: {how}", flush=True)
+        jobs.report()  # the jobs that would follow are left out
         sys.exit(128 + summary["signal"])
 
 
@@ -70,6 +71,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:  # before the training loop, which saves, or a second one in it
+        jobs.report()
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
-    jobs.finish()
+    sys.exit(1 if jobs.report() else 0)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import operator
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,7 +219,7 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
     for before, word, after in zip(["", *overrides], overrides, [*overrides[1:], ""], strict=False):
         key, equals, value = word.lstrip("+~").partition("=")
         alone = after if after and not after.startswith("-") and "=" not in after else "VALUE"
-        if before in HYDRA_WITH_VALUE or word.startswith("hydra"):
+        if before in HYDRA_WITH_VALUE or key.split(".")[0] == "hydra":
             checked.append(word)
             continue
         if word.startswith("-"):
@@ -234,7 +235,8 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
             hint = f" Did you mean '{known[0]}={alone}'?" if known else nearest(word, [*keys, *groups])
             raise ValueError(f"Expected key=value on the command line, got '{word}'.{hint}")
         if key in groups:
-            for member in value.split(",") if not any(c in value for c in "([{") else []:
+            members = value.split(",") if equals and not any(c in value for c in "([{") else []
+            for member in (text.strip(" '\"") for text in members):
                 if member not in groups[key] and member != "null":
                     raise ValueError(
                         f"Unknown {key} '{member}'; expected one of {', '.join(sorted(groups[key]))}."
@@ -246,7 +248,12 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
             raise ValueError(f"Unknown configuration key '{key}'.{hint}")
         elif not word.startswith("~"):
             _check_list(key, keys.get(key), value)
-            if keys.get(key) in (str, str | None) and set(value) & set("()[]{}") and not set(value) & set(",'\""):
+            choices = sweep and re.match(r"\w+\(", value)  # as choice(a,b), range(1,9)
+            if (
+                keys.get(key) in (str, str | None)
+                and set(value) & set("()[]{}=")
+                and not (set(value) & set(",'\"") or choices)
+            ):
                 value = f"'{value}'"
             word = f"++{key}={value}"
         if not sweep and _is_several(value):

@@ -50,12 +50,11 @@ class Jobs:
         log.unlink(missing_ok=True)
         return summary
 
-    def finish(self) -> None:
-        """Prints what became of several jobs; ends the program with 1 where one failed."""
+    def report(self) -> bool:
+        """Prints what became of several jobs; whether one failed."""
         failed = any(status == "failed" for _, status, _ in self.outcomes)
         if len(self.outcomes) > 1 or failed:
             print("\nSweep:")
             for job, status, where in self.outcomes:
                 print(f"  {status:9s} {job}  ->  {where}")
-        if failed:
-            sys.exit(1)
+        return failed

@@ -94,6 +94,11 @@ def test_a_list_without_brackets_is_told_how_to_write_it(value, list_of):
         "hydra.mode=MULTIRUN attention=softmax,flash",
         "--help",
         "--info",
+        "++hydra.verbose=true",
+        "+hydra.job.name=x",
+        "~hydra.job.name",
+        "~experiment",
+        "attention='flash'",
     ],
 )
 def test_options_of_hydra_pass(words):
@@ -109,9 +114,9 @@ def test_right_command_lines_pass_and_any_typed_key_can_be_set():
     """`++` is how a key is set that no YAML file lists."""
     words = ["-m", "attention=softmax,flash", "hydra.verbose=true", "experiment=null", "~optim.betas"]
     words += ["seq_len=8192,16384", "attention.alpha=1.25", "+model.config.n_layer=2", "optim.betas=[0.9,0.99]"]
-    words += ["data.path=texts (old)/[0-9].txt", "run_dir='a (b)'"]
+    words += ["data.path=choice(a,b)", "data.path=a=b", "data.path=texts (old)/[0-9].txt", "run_dir='a (b)'"]
     expected = words[:5] + ["++" + word.lstrip("+") for word in words[5:]]
-    expected[-2] = "++data.path='texts (old)/[0-9].txt'"
+    expected[-3:-1] = ["++data.path='a=b'", "++data.path='texts (old)/[0-9].txt'"]
     assert check_overrides(words, TrainConfig, GROUPS) == expected
 
 
