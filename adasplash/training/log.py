@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -21,17 +22,17 @@ WATCHED = {
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run, in order; a last line torn by a kill is left out."""
+    """The rows of a run, in order; what is none is left out, as a last line that a kill has torn."""
     rows = []
     try:
         lines = (folder / METRICS).read_text().splitlines()
     except OSError:
         return rows
     for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 

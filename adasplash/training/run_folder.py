@@ -31,7 +31,7 @@ LOCK = ".lock"
 
 # Keys that may differ between the starts of one run; another value of `steps` moves the schedule, and is announced.
 MAY_CHANGE = {"run_dir", "resume", "wandb", "log_every", "device", "compile", "parallel", "checkpoint", "eval", "steps"}
-MAY_CHANGE |= {"micro_batch_tokens"}
+MAY_CHANGE |= {"micro_batch_tokens", "data.cache_dir"}
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
@@ -103,7 +103,7 @@ def choose_folder(config: TrainConfig) -> Path:
     differing = [
         f"{key} = {theirs.get(key)}, now it is {ours.get(key)}"
         for key in ours | theirs
-        if ours.get(key) != theirs.get(key) and key.split(".")[0] not in MAY_CHANGE
+        if ours.get(key) != theirs.get(key) and not {key, key.split(".")[0]} & MAY_CHANGE
     ]
     if differing:
         raise ValueError(

@@ -74,7 +74,7 @@ def test_a_line_torn_by_a_kill_is_left_out_and_does_not_spoil_the_next(tmp_path)
     with open_log(tmp_path) as log:
         log.log(1, {"train/loss": 1.0})
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "train/lo')
+        file.write('[]\n{"step": 2, "train/lo')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     with open_log(tmp_path, resume_step=1) as log:
         log.log(2, {"train/loss": 2.0})

@@ -249,6 +249,13 @@ def test_damaged_files_of_a_run_are_named(tiny, tmp_path, name, content):
         train(tiny())
 
 
+def test_tokens_may_be_kept_elsewhere_on_resume(tiny, tmp_path):
+    config = tiny(steps=2)
+    train(config)
+    elsewhere = dataclasses.replace(config.data, cache_dir=str(tmp_path / "elsewhere"))
+    assert train(dataclasses.replace(config, steps=3, data=elsewhere))["step"] == 3
+
+
 def test_resume_names_the_folder(tiny, tmp_path):
     train(tiny(steps=1))
     folder = str(tmp_path / "run")
