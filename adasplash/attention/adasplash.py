@@ -105,7 +105,7 @@ class AdaSplash(AttentionBackend):
         return self.alpha if self.scheduled else self.options.alpha
 
     def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):
-        implementation = self.choose_implementation(q)
+        implementation = self.announce_implementation(q)
         return entmax_attention(
             q,
             k,

@@ -129,8 +129,8 @@ class AttentionBackend(nn.Module):
     def set_step(self, step: int) -> None:
         """Tells the training step, for options that follow a schedule."""
 
-    def choose_implementation(self, q: Tensor) -> str:
-        """What to ask the operators for, once it is said what that is here.
+    def announce_implementation(self, q: Tensor) -> str:
+        """Says, once, what runs here; returns what to ask the operators for.
 
         Raises ValueError where triton is asked for and cannot run. Whether kernels take all of a call they decide themselves:
         auto stays auto.

@@ -112,7 +112,7 @@ class Flash(AttentionBackend):
                 causal=causal,
                 scale=scale,
                 alibi_slopes=self.slopes,
-                implementation=self.choose_implementation(q),
+                implementation=self.announce_implementation(q),
             )
         check_attention_inputs(q, k, v)
         scale = resolve_scale(q, scale)

@@ -67,7 +67,7 @@ class HashSparse(AttentionBackend):
         return super().statistics(q, k, **kwargs)
 
     def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):
-        implementation = self.choose_implementation(q)
+        implementation = self.announce_implementation(q)
         if self.options.resample and self.training:
             fresh = random_directions(*self.directions.shape[:2], self.options.n_buckets, device=q.device)
             self.directions.copy_(fresh)

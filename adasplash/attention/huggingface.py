@@ -27,7 +27,7 @@ NAME = "adasplash"
 CONFIG_FIELD = "adasplash_attention"  # in config.json: {"name": backend, **options}
 SUBMODULE = "attention_backend"  # on each attention layer
 
-# Arguments that change what attention means, and that no backend has; and what on a layer says that it will pass one.
+# Arguments that change what attention means, and that no backend has.
 UNSUPPORTED = {
     "softcap": "a cap on the scores",
     "s_aux": "attention sinks",
@@ -36,6 +36,7 @@ UNSUPPORTED = {
     "block_indices": "blocks of keys chosen by an indexer",
 }
 
+# What on a layer says, unless it is None, that it will pass one of them.
 PASSED_BY_LAYERS_WITH = {
     "attn_logit_softcapping": "softcap",
     "sinks": "s_aux",

@@ -57,7 +57,7 @@ class QKSparse(AttentionBackend):
         return compact_kept(query_kept, key_kept, resolve_key_range(q, k, key_range, causal))
 
     def forward(self, q, k, v, *, key_range=None, causal=True, scale=None):
-        implementation = self.choose_implementation(q)
+        implementation = self.announce_implementation(q)
         query_kept, key_kept = self.kept(q, k)
         return qk_sparse_attention(
             q,

@@ -19,11 +19,11 @@ class Softmax(AttentionBackend):
             causal=causal,
             scale=scale,
             alibi_slopes=self.slopes,
-            implementation=self.choose_implementation(q),
+            implementation=self.announce_implementation(q),
         )
 
-    def choose_implementation(self, q):
+    def announce_implementation(self, q):
         if self.options.implementation == "auto":
             announce("attention=softmax: implementation 'reference', softmax written out in torch.")
             return "reference"
-        return super().choose_implementation(q)
+        return super().announce_implementation(q)

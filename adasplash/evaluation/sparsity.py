@@ -45,7 +45,6 @@ def measure_sparsity(
     """
     if not 1 <= seq_len <= len(tokens):
         raise ValueError(f"Expected seq_len from 1 to the {len(tokens)} tokens of the text, got {seq_len}.")
-    models.check_length(model, seq_len)
     text = torch.from_numpy(tokens.read(0, seq_len))[None]
     position_ids = keep_documents_apart(text, text)[1].to(device) if keep_documents_apart else None
     with borrowed(model, device, training=False), torch.autocast(device.type, autocast, enabled=autocast is not None):

@@ -11,7 +11,7 @@ from .jit import INTERPRETED
 from .tile_table import Tiles, block_dim
 from .torch_operator import torch_operator
 
-# Which formula a kernel is built for: p = d ** r with d = z - tau and r = 1 / (alpha - 1). It is r where products are enough.
+# Which formula a kernel is built for: p = d ** r with d = z - tau and r = 1 / (alpha - 1). The number is r, where products are enough.
 GENERAL = 0  # any 1 < alpha <= 2, read from a tensor
 LINEAR = 1  # alpha = 2
 QUADRATIC = 2  # alpha = 1.5

@@ -14,14 +14,16 @@ from .run_folder import ROOT
 
 
 class Jobs:
-    """
-    program: as "train.py"; logs: how the files begin that a sweep leaves for jobs that failed.
-    outcomes: of the jobs so far, (job, what became of it, where to look).
+    """What becomes of each job.
+
+    Args:
+        program: as "train.py".
+        logs: how the names of the files begin that a sweep leaves for jobs that failed.
     """
 
     def __init__(self, program: str, logs: str):
         self.program, self.logs = program, logs
-        self.outcomes: list[tuple[str, str, str | Path]] = []
+        self.outcomes: list[tuple[str, str, str | Path]] = []  # (job, what became of it, where to look)
 
     def run(
         self, work: Callable[[], dict[str, Any]], overrides: Sequence[str], *, sweep: bool
