@@ -22,6 +22,11 @@ BACKENDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def registered():
+    adasplash.register()
+
+
 def patched(kind, backend, **changes):
     name, options = BACKENDS[backend]
     return adasplash.patch_attention(tiny(kind, **changes), name, **options)
