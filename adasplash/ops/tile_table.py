@@ -70,7 +70,7 @@ def entmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
     if wide <= 64:
         return {
             "collect": Tiles(128, 128, 8, 3, 128),
-            "forward": Tiles(64, 64, 4, 3, 168),
+            "forward": Tiles(64, 64, 4, 2, 128),
             "rows": Tiles(64, 64, 4, 3, 224),
             "columns": Tiles(64, 64, 4, 3),
             "sinks": Tiles(64, 64, 4, 3),

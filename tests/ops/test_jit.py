@@ -101,7 +101,7 @@ def launch(batch, heads, length):
     visible = torch.zeros(2, batch, heads, length, dtype=torch.int32)
     common = (q, k, v, *visible)
     alpha = torch.full((heads,), 1.5)
-    _, *saved = entmax.entmax_attention_forward._init_fn(*common, alpha, None, None, None, 0.125, 2, 64)
+    saved = entmax.entmax_attention_forward._init_fn(*common, alpha, None, None, None, 0.125, 2, 64)
     saved = (alpha, None, None, None, *saved)
     entmax.entmax_attention_backward._init_fn(d_out, *common, *saved, 0.125, 2, 64, False)
     saved = (None, None, None, *softmax.softmax_attention_forward._init_fn(*common, None, None, None, 0.125))

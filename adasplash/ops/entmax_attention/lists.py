@@ -99,16 +99,16 @@ def find_thresholds(KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, query_length, 
 
 @triton.jit(do_not_specialize=SIZES)
 def rows_forward_kernel(
-    Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, KEYS, FIRST, COUNT, IN_TILES, BOUND, Z, OUT, MEAN, TAU,
+    Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, KEYS, FIRST, COUNT, IN_TILES, BOUND, Z, OUT, TAU,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t,
     heads, ratio, query_length, key_length, blocks, capacity,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """tau, out and the u-weighted mean of v for TURNS * ROWS queries; leaves in KEYS and COUNT the exact support.
+    """tau and out for TURNS * ROWS queries; leaves in KEYS and COUNT the exact support.
 
     Rows are scored and weighed ROWS at a time, for a key is D numbers there; their thresholds are found THRESHOLD_ROWS at a
-    time, for a key is one number then. OUT and MEAN are (B, H, Tq, D) with strides out_*; Z is scratch shaped as KEYS.
+    time, for a key is one number then. Z is scratch shaped as KEYS.
     """
     bh = program_head()
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
@@ -166,29 +166,23 @@ def rows_forward_kernel(
             tau = tl.load(TAU + at, mask=inside, other=0.0)
             bound = tl.load(BOUND + at, mask=inside, other=0.0)
             out = tl.zeros((ROWS, BLOCK_D), tl.float32)
-            mean = tl.zeros((ROWS, BLOCK_D), tl.float32)
-            u_sum = tl.zeros((ROWS,), tl.float32)
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
                 place = first[:, None] + (begin + c)[None, :]
                 key = tl.load(KEYS + place, mask=live, other=0)
                 z = tl.load(Z + place, mask=live, other=float("-inf"))
-                p, u = entmax_weights(z - tau[:, None], r, FORMULA)
+                p, _ = entmax_weights(z - tau[:, None], r, FORMULA)
                 v = gather(V, key, live, v_t, d, D, BLOCK_D)
                 out += tl.sum(p[:, :, None] * v, 1)
-                mean += tl.sum(u[:, :, None] * v, 1)
-                u_sum += tl.sum(u, 1)
-            mean = mean / tl.where(u_sum > 0.0, u_sum, 1.0)[:, None]
             out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
             to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
             full = inside[:, None] & (d < D)[None, :]
             tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
-            tl.store(MEAN + to, mean.to(MEAN.dtype.element_ty), mask=full)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def rows_backward_kernel(
-    Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, KEYS, FIRST, COUNT, IN_TILES, TAU, MEAN, D_OUT,
+    Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, KEYS, FIRST, COUNT, IN_TILES, TAU, OUT, D_OUT,
     DELTA, COLUMN_COUNT, DQ, D_ALPHA,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dq_b, dq_h, dq_t,
     heads, ratio, query_length, key_length, blocks, capacity,
@@ -197,7 +191,7 @@ def rows_backward_kernel(
 ):  # fmt: skip
     """dq and delta = sum u dP / sum u for ROWS queries, TURNS times; counts the pairs of each key in COLUMN_COUNT.
 
-    DQ and MEAN have strides dq_*. D_ALPHA (B, H, Tq): the row's share of the gradient for alpha (Correia, Niculae and Martins 2019, Prop. 1).
+    DQ and OUT have strides dq_*. D_ALPHA (B, H, Tq): the row's share of the gradient for alpha (Correia, Niculae and Martins 2019, Prop. 1).
     """
     bh = program_head()
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
@@ -226,10 +220,10 @@ def rows_backward_kernel(
             tau = tl.load(TAU + at, mask=inside, other=0.0)
             q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
             d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D).to(tl.float32)
-            # Near delta already: sums of (dP - near) do not cancel as sums of dP would.
+            # sum p dP, near delta: sums of (dP - near) do not cancel as sums of dP would.
             like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
-            mean = load_tile(MEAN + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
-            near = tl.sum(d_out * mean.to(tl.float32), 1)
+            out = load_tile(OUT + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
+            near = tl.sum(d_out * out.to(tl.float32), 1)
             query_position = row
             if HAS_ALIBI:
                 query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)

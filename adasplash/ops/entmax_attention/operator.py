@@ -86,7 +86,6 @@ class Forward(NamedTuple):
     """What `entmax_attention_forward` returns: as a plain tuple, for an operator has nothing else."""
 
     out: Tensor  # as q
-    mean: Tensor  # of v, weighted by u; as q
     tau: Tensor  # (B, H, Tq) float32; infinite for a query without keys
     keys: Tensor  # int32, a slab for each block of queries
     first: Tensor  # (B, H, Tq) int32, where the support of a query begins in the slab of its block
@@ -100,7 +99,6 @@ def _empty_outputs(q: Tensor, k: Tensor, keys_per_query: int) -> Forward:
     rows = (batch, heads, query_length)
     return Forward(
         out=torch.empty_like(q),
-        mean=torch.empty_like(q),
         tau=q.new_empty(rows, dtype=torch.float32),
         keys=q.new_empty(batch * heads * blocks * tiles["collect"].block_m * keys_per_query, dtype=torch.int32),
         first=q.new_empty(rows, dtype=torch.int32),
@@ -148,13 +146,13 @@ def entmax_attention_forward(
     scale: float,
     formula: int,
     keys_per_query: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q (B, H, Tq, D); k, v (B, G, Tk, D), last stride 1; start, stop (B, H, Tq) int32; alpha (H,); slopes (B, H).
 
     Returns the fields of `Forward`.
     """
     batch, heads, groups, query_length, key_length, dim, tiles, blocks = _shapes(q, k)
-    out, mean, tau, keys, first, count, in_tiles, block_range = _empty_outputs(q, k, keys_per_query)
+    out, tau, keys, first, count, in_tiles, block_range = _empty_outputs(q, k, keys_per_query)
     shape = tiles["collect"]
     capacity = shape.block_m * keys_per_query
     common = head_constants(q, slopes) | {"FORMULA": formula}
@@ -183,17 +181,17 @@ def entmax_attention_forward(
     rows_forward_kernel[(_programs(query_length, lists), heads, batch)](
         q, k, v, alpha, *positions, keys, first, count, in_tiles, bound,
         torch.empty_like(keys, dtype=torch.float32),
-        out, mean, tau,
+        out, tau,
         scale, *strides, heads, ratio, query_length, key_length, blocks, capacity,
         BLOCK_M=shape.block_m, **_on_lists(lists), **common,
     )  # fmt: skip
     block_list, block_count = _list_blocks(in_tiles)
     tiles_forward_kernel[(blocks * shape.block_m // tiles["forward"].block_m, heads, batch)](
-        q, k, v, start, stop, alpha, *positions, block_list, block_count, bound, out, mean, tau,
+        q, k, v, start, stop, alpha, *positions, block_list, block_count, bound, out, tau,
         scale, *strides, *ranges, heads, ratio, query_length, key_length, blocks,
         QUERY_BLOCK=shape.block_m, **common, **tile_constants(q.dtype, tiles["forward"]),
     )  # fmt: skip
-    return out, mean, tau, keys, first, count, in_tiles, block_range
+    return out, tau, keys, first, count, in_tiles, block_range
 
 
 @entmax_attention_forward.register_fake
@@ -213,7 +211,7 @@ def entmax_attention_backward(
     slopes: Tensor | None,
     query_position: Tensor | None,
     key_position: Tensor | None,
-    mean: Tensor,
+    out: Tensor,
     tau: Tensor,
     keys: Tensor,
     first: Tensor,
@@ -234,19 +232,19 @@ def entmax_attention_backward(
     start, stop = with_equal_strides(start, stop)
     ranges = (start.stride(0), start.stride(1))
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
-    dq, dk, dv = torch.empty_like(mean), torch.empty_like(k), torch.empty_like(v)  # dq with the strides of mean
+    dq, dk, dv = torch.empty_like(out), torch.empty_like(k), torch.empty_like(v)  # dq with the strides of out
     delta = torch.empty_like(tau)
     d_alpha = torch.empty_like(tau) if alpha_gradient else tau.new_empty(1)
     column_count = q.new_zeros((batch * groups, key_length), dtype=torch.int32)
     lists = list_shapes(dim)
     rows_backward_kernel[(_programs(query_length, lists["backward"]), heads, batch)](
-        q, k, v, alpha, *positions, keys, first, count, in_tiles, tau, mean, d_out, delta, column_count, dq, d_alpha,
+        q, k, v, alpha, *positions, keys, first, count, in_tiles, tau, out, d_out, delta, column_count, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], heads, ratio, query_length, key_length, blocks, capacity,
         BLOCK_M=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **_on_lists(lists["backward"]), **common,
     )  # fmt: skip
     block_list, block_count = _list_blocks(in_tiles)
     tiles_backward_rows_kernel[(blocks * tiles["collect"].block_m // tiles["rows"].block_m, heads, batch)](
-        q, k, v, start, stop, alpha, *positions, block_list, block_count, tau, mean, d_out, delta, dq, d_alpha,
+        q, k, v, start, stop, alpha, *positions, block_list, block_count, tau, out, d_out, delta, dq, d_alpha,
         scale, *inputs, *dq.stride()[:3], *ranges, heads, ratio, query_length, key_length, blocks,
         QUERY_BLOCK=tiles["collect"].block_m, ALPHA_GRADIENT=alpha_gradient, **common, **tile_constants(q.dtype, tiles["rows"]),
     )  # fmt: skip
@@ -295,9 +293,9 @@ def entmax_attention_backward(
 
 
 @entmax_attention_backward.register_fake
-def _(d_out, q, k, v, start, stop, alpha, slopes, query_position, key_position, mean, *rest):
+def _(d_out, q, k, v, start, stop, alpha, slopes, query_position, key_position, out, *rest):
     return (
-        torch.empty_like(mean),
+        torch.empty_like(out),
         torch.empty_like(k),
         torch.empty_like(v),
         alpha.new_empty(alpha.shape if rest[-1] else 0, dtype=torch.float32),
@@ -308,8 +306,7 @@ def _setup_context(ctx, inputs, output):
     q, k, v, start, stop, alpha, slopes, query_position, key_position, ctx.scale, ctx.formula, ctx.keys_per_query = (
         inputs
     )
-    _, *saved = output
-    ctx.save_for_backward(q, k, v, start, stop, alpha, slopes, query_position, key_position, *saved)
+    ctx.save_for_backward(q, k, v, start, stop, alpha, slopes, query_position, key_position, *output)
     ctx.set_materialize_grads(False)
 
 

@@ -25,7 +25,7 @@ from ..jit import (
     visible_tiles,
 )
 
-NEWTON_STEPS = tl.constexpr(16)  # at most; two or three are usual
+NEWTON_STEPS = tl.constexpr(16)  # at most; one or two are usual
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -50,18 +50,49 @@ def list_blocks_kernel(IN_TILES, BLOCKS, BLOCK_COUNT, blocks, AT_ONCE: tl.conste
         listed += tl.sum(flag, 0)
 
 
+@triton.jit
+def partial_sums(x):
+    """x (M, N) -> (M, 8), whose sums are those of the rows: what lies 8 columns apart is in one thread, and a loop adds it up there."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), 1)
+
+
+@triton.jit
+def limited(distance, FORMULA: tl.constexpr):
+    """A distance to tau between 0 and 1: no weight is above 1, and a product with both limits is one instruction."""
+    distance = tl.maximum(distance, 0.0)
+    return distance if FORMULA == 0 else tl.minimum(distance, 1.0)
+
+
+@triton.jit
+def tile_distances(
+    q, k, column, start, stop, tau, z_scale, slope, query_position, KEY_POSITION, key_length,
+    MASKED: tl.constexpr, FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z - tau (M, N) of q (M, D) and the keys k (D, N) in `column`, limited; 0 where MASKED and out of the row's range."""
+    place = column
+    if HAS_ALIBI:
+        place = tl.load(KEY_POSITION + column, mask=column < key_length, other=0)
+    raw = score_tile(q, k, query_position, place, slope, HAS_ALIBI, PRECISION)
+    distance = limited(raw * z_scale - tau[:, None], FORMULA)
+    if MASKED:
+        visible = (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
+        distance = tl.where(visible, distance, 0.0)
+    return distance
+
+
 @triton.jit(do_not_specialize=SIZES)
 def tiles_forward_kernel(
-    Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BOUND, OUT, MEAN, TAU,
+    Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BOUND, OUT, TAU,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, range_b, range_h,
     heads, ratio, query_length, key_length, blocks,
     QUERY_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Refines the bound to the threshold, then tau, out and the u-weighted mean of v in one pass.
+    """Refines the bound to the threshold, then computes tau and out.
 
-    The last correction of tau comes from that pass itself: with e = (sum p - 1) / (r sum u), tau = t + e and, as
-    dp/dt = -r u, out = sum p v - r e sum u v, up to terms in e squared.
+    The pass over v has the last word on tau. Its weights sum to `mass`, by which `out` is divided: this leaves an error of at
+    most |mass - 1| times the difference between the means of v weighted by p and by u. Where |mass - 1| is too large for that, as
+    it can be with a few keys far above many near-equal ones, which a step drops in large numbers, the pass is made again.
     """
     bh = program_head()
     PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
@@ -98,89 +129,91 @@ def tiles_forward_kernel(
         bound = tl.load(BOUND + at, mask=inside, other=0.0)
         tau = tl.where(seeing & (bound == bound), bound * z_scale, float("inf"))
 
-        # A step s (relative to the mean distance from tau) leaves an error of about s ** 2 / 3 after Newton's method,
-        # s ** 3 / 10 after Halley's, and the correction at the end squares that for `out`: the limits follow the precision of
-        # the dtype. `mean` is not corrected; the backward pass does that. Near alpha = 2, u jumps at tau: there they are tighter.
+        # A step s (relative to the mean distance from tau) leaves an error of about s ** 2 / 3 after Newton's method, s ** 3 / 10
+        # after Halley's: limits by the precision of the dtype, so that hardly a block is far off. Near alpha = 2, u jumps at tau.
         if Q.dtype.element_ty == tl.float32:
-            close = 1e-5
+            close, far_off = 1e-3 if FORMULA == 2 else 1e-5, 1e-5
         elif Q.dtype.element_ty == tl.float16:
-            close = 0.05 if FORMULA == 2 else 1e-2
+            close, far_off = 0.1 if FORMULA == 2 else 1e-2, 5e-4
         else:
-            close = 0.6 if FORMULA == 2 else tl.where(alpha < 1.6, 0.1, 1e-2)
+            close = 0.25 if FORMULA == 2 else tl.where(alpha < 1.6, 0.1, 1e-2)
+            far_off = 4e-3
+        # The bound of huge scores may lie far below. Distances are taken in a unit in which even then none is above 1.
+        UNIT: tl.constexpr = 1.0 if FORMULA == 0 else (2.0**12 if FORMULA == 4 else 2.0**24)
         steps = 0
         while steps < NEWTON_STEPS:
-            mass = tl.zeros((BLOCK_M,), tl.float32)
-            u_sum = tl.zeros((BLOCK_M,), tl.float32)
-            support = tl.zeros((BLOCK_M,), tl.float32)
+            p_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+            u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+            support = tl.zeros((BLOCK_M, 8), tl.float32)
             for part in tl.static_range(3):  # left edge, inside, right edge
                 begin = first if part == 0 else (full_first if part == 1 else full_last)
                 end = full_first if part == 0 else (full_last if part == 1 else last)
-                for step_ in tl.range(0, end - begin, num_stages=STAGES):
-                    tile = begin + step_
+                for i in tl.range(0, end - begin, num_stages=STAGES):
+                    tile = begin + i
                     column = tile * BLOCK_N + n
                     in_length = column[None, :] < key_length if part != 1 else None
                     k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, in_length, D == BLOCK_D)
-                    place = column
-                    if HAS_ALIBI:
-                        place = tl.load(KEY_POSITION + column, mask=column < key_length, other=0)
-                    raw = score_tile(q, k, query_position, place, slope, HAS_ALIBI, PRECISION)
-                    distance = raw * z_scale - tau[:, None]
-                    if part != 1:
-                        visible = (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
-                        distance = tl.where(visible, distance, 0.0)
+                    distance = tile_distances(
+                        q, k, column, start, stop, tau / UNIT, z_scale / UNIT, slope, query_position, KEY_POSITION, key_length,
+                        part != 1, FORMULA, HAS_ALIBI, PRECISION,
+                    )  # fmt: skip
                     p, u = entmax_weights(distance, r, FORMULA)
-                    mass += tl.sum(p, 1)
-                    u_sum += tl.sum(u, 1)
+                    p_sums += partial_sums(p)
+                    u_sums += partial_sums(u)
                     if FORMULA == 2:
-                        support += tl.sum((distance > 0.0).to(tl.float32), 1)
+                        support += partial_sums(tl.minimum(tl.maximum(distance * 2.0**100, 0.0), 1.0))  # 0 or 1
+            # FORMULA is r, but for the general one, which has no unit.
+            mass = tl.sum(p_sums, 1) * UNIT**FORMULA
+            u_sum = tl.sum(u_sums, 1)
+            if FORMULA > 1:
+                u_sum *= UNIT ** (FORMULA - 1)
             step = newton_step(mass, u_sum, r, FORMULA)
             if FORMULA == 2:
-                step = halley_step(mass, u_sum, support)
+                step = halley_step(mass, u_sum, tl.sum(support, 1))
             tau += step
             relative = tl.where(seeing, tl.abs(step) * u_sum, 0.0) / tl.where(mass > 0.0, mass, 1.0)
             steps = tl.where(largest(relative) > close, steps + 1, NEWTON_STEPS)
 
         out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         mass = tl.zeros((BLOCK_M,), tl.float32)
-        u_sum = tl.zeros((BLOCK_M,), tl.float32)
-        for part in tl.static_range(3):
-            begin = first if part == 0 else (full_first if part == 1 else full_last)
-            end = full_first if part == 0 else (full_last if part == 1 else last)
-            for step_ in tl.range(0, end - begin, num_stages=STAGES):
-                tile = begin + step_
-                column = tile * BLOCK_N + n
-                in_length = column[None, :] < key_length if part != 1 else None
-                k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, in_length, D == BLOCK_D)
-                in_length = column[:, None] < key_length if part != 1 else None
-                v = load_tile(v_at + (tile * BLOCK_N).to(tl.int64) * v_t, d[None, :] < D, in_length, D == BLOCK_D)
-                place = column
-                if HAS_ALIBI:
-                    place = tl.load(KEY_POSITION + column, mask=column < key_length, other=0)
-                raw = score_tile(q, k, query_position, place, slope, HAS_ALIBI, PRECISION)
-                distance = raw * z_scale - tau[:, None]
-                if part != 1:
-                    visible = (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
-                    distance = tl.where(visible, distance, 0.0)
-                p, u = entmax_weights(distance, r, FORMULA)
-                mass += tl.sum(p, 1)
-                u_sum += tl.sum(u, 1)
-                out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
-                mean = tl.dot(u.to(v.dtype), v, mean, input_precision=PRECISION)
-        left = tl.where(seeing, (mass - 1.0) / (r * tl.where(u_sum > 0.0, u_sum, 1.0)), 0.0)
-        out -= (r * left)[:, None] * mean
-        mean = mean / tl.where(u_sum > 0.0, u_sum, 1.0)[:, None]
+        passes = 0
+        while passes < NEWTON_STEPS:
+            out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            p_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+            u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+            for part in tl.static_range(3):
+                begin = first if part == 0 else (full_first if part == 1 else full_last)
+                end = full_first if part == 0 else (full_last if part == 1 else last)
+                for i in tl.range(0, end - begin, num_stages=STAGES):
+                    tile = begin + i
+                    column = tile * BLOCK_N + n
+                    in_length = column[None, :] < key_length if part != 1 else None
+                    k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, in_length, D == BLOCK_D)
+                    in_length = column[:, None] < key_length if part != 1 else None
+                    v = load_tile(v_at + (tile * BLOCK_N).to(tl.int64) * v_t, d[None, :] < D, in_length, D == BLOCK_D)
+                    distance = tile_distances(
+                        q, k, column, start, stop, tau, z_scale, slope, query_position, KEY_POSITION, key_length,
+                        part != 1, FORMULA, HAS_ALIBI, PRECISION,
+                    )  # fmt: skip
+                    p, u = entmax_weights(distance, r, FORMULA)
+                    p_sums += partial_sums(p)
+                    u_sums += partial_sums(u)
+                    out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
+            mass = tl.sum(p_sums, 1)
+            tau += newton_step(mass, tl.sum(u_sums, 1), r, FORMULA)
+            off = tl.where(tau < float("inf"), tl.abs(mass - 1.0), 0.0)
+            passes = tl.where(largest(off) > far_off, passes + 1, NEWTON_STEPS)
+        out = out / tl.where(mass > 0.0, mass, 1.0)[:, None]
         out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
         to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
         full = inside[:, None] & (d < D)[None, :]
         tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
-        tl.store(MEAN + to, mean.to(MEAN.dtype.element_ty), mask=full)
-        tl.store(TAU + at, tau + left, mask=inside)
+        tl.store(TAU + at, tau, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def tiles_backward_rows_kernel(
-    Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, TAU, MEAN, D_OUT,
+    Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, TAU, OUT, D_OUT,
     DELTA, DQ, D_ALPHA,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dq_b, dq_h, dq_t, range_b, range_h,
     heads, ratio, query_length, key_length, blocks,
@@ -211,9 +244,9 @@ def tiles_backward_rows_kernel(
         q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D)
         d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D)
         like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
-        mean = load_tile(MEAN + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
-        # Near delta = sum u dP / sum u already: sums of (dP - near) do not cancel as sums of dP would.
-        near = tl.sum(d_out.to(tl.float32) * mean.to(tl.float32), 1)
+        out = load_tile(OUT + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
+        # sum p dP, near delta = sum u dP / sum u: sums of (dP - near) do not cancel as sums of dP would.
+        near = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
         k_at = K + b * k_b + group * k_h + n[None, :].to(tl.int64) * k_t + d[:, None]
         v_at = V + b * v_b + group * v_h + n[None, :].to(tl.int64) * v_t + d[:, None]
         alpha = tl.load(ALPHA + h).to(tl.float32)
@@ -228,8 +261,8 @@ def tiles_backward_rows_kernel(
             KEY_POSITION += (b * (heads // ratio) + group) * key_length
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         k_mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        u_sum = tl.zeros((BLOCK_M,), tl.float32)
-        delta = tl.zeros((BLOCK_M,), tl.float32)
+        u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+        ds_sums = tl.zeros((BLOCK_M, 8), tl.float32)
         p_sum = tl.zeros((BLOCK_M,), tl.float32)
         p_dp = tl.zeros((BLOCK_M,), tl.float32)
         entropy = tl.zeros((BLOCK_M,), tl.float32)
@@ -237,34 +270,31 @@ def tiles_backward_rows_kernel(
         for part in tl.static_range(3):
             begin = first if part == 0 else (full_first if part == 1 else full_last)
             end = full_first if part == 0 else (full_last if part == 1 else last)
-            for step_ in tl.range(0, end - begin, num_stages=STAGES):
-                tile = begin + step_
+            for i in tl.range(0, end - begin, num_stages=STAGES):
+                tile = begin + i
                 column = tile * BLOCK_N + n
                 in_length = column[None, :] < key_length if part != 1 else None
                 k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, in_length, D == BLOCK_D)
                 v = load_tile(v_at + (tile * BLOCK_N).to(tl.int64) * v_t, d[:, None] < D, in_length, D == BLOCK_D)
-                place = column
-                if HAS_ALIBI:
-                    place = tl.load(KEY_POSITION + column, mask=column < key_length, other=0)
-                raw = score_tile(q, k, query_position, place, slope, HAS_ALIBI, PRECISION)
-                distance = raw * z_scale - tau[:, None]
-                if part != 1:
-                    visible = (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
-                    distance = tl.where(visible, distance, 0.0)
+                distance = tile_distances(
+                    q, k, column, start, stop, tau, z_scale, slope, query_position, KEY_POSITION, key_length,
+                    part != 1, FORMULA, HAS_ALIBI, PRECISION,
+                )  # fmt: skip
                 p, u = entmax_weights(distance, r, FORMULA)
                 dp = tl.dot(d_out, v, input_precision=PRECISION) - near[:, None]
                 ds = u * dp
                 dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
                 k_mean = tl.dot(u.to(k.dtype), tl.trans(k), k_mean, input_precision=PRECISION)
-                u_sum += tl.sum(u, 1)
-                delta += tl.sum(ds, 1)
+                u_sums += partial_sums(u)
+                ds_sums += partial_sums(ds)
                 if ALPHA_GRADIENT:
                     entropy_term = -p * tl.log(tl.maximum(p, 1e-37))
                     p_sum += tl.sum(p, 1)
                     p_dp += tl.sum(p * dp, 1)
                     entropy += tl.sum(entropy_term, 1)
                     entropy_dp += tl.sum(entropy_term * dp, 1)
-        delta = delta / tl.where(u_sum > 0.0, u_sum, 1.0)
+        u_sum = tl.sum(u_sums, 1)
+        delta = tl.sum(ds_sums, 1) / tl.where(u_sum > 0.0, u_sum, 1.0)
         dq = (dq - delta[:, None] * k_mean) * scale
         full = inside[:, None] & (d < D)[None, :]
         tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
@@ -365,7 +395,8 @@ def tiles_backward_columns_kernel(
                     if HAS_ALIBI:
                         query_position = load_per_row(QUERY_POSITION + at, inside, 0)
                     raw = score_tile(k, tl.trans(q), key_position, query_position, slope, HAS_ALIBI, PRECISION)
-                    distance = raw * z_scale - tau[None, :]  # (N, M); tau is inf where a row sees nothing
+                    # (N, M); tau is inf where a row sees nothing
+                    distance = limited(raw * z_scale - tau[None, :], FORMULA)
                     if edges:
                         range_at = b * range_b + h * range_h + row
                         start = tl.load(START + range_at, mask=inside, other=0)
