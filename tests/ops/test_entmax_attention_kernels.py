@@ -335,7 +335,7 @@ def test_operator_contracts(alpha):
         operator.entmax_attention_forward, arguments, test_utils=(*tests, "test_autograd_registration")
     )
     arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    _, *saved = operator.entmax_attention_forward(*arguments)
+    saved = operator.entmax_attention_forward(*arguments)
     backward = (d_out, *arguments[:9], *saved, *arguments[9:], learned)
     torch.library.opcheck(operator.entmax_attention_backward, backward, test_utils=tests)
 
@@ -496,6 +496,35 @@ def test_no_key_of_the_support_is_missed(dtype, q_size, k_size, sharpness, dim, 
     assert not (listed & (z < threshold - rounding)).any()
 
 
+def flat_scores(length, needles):
+    """q, k, v and a gradient for the output: hundreds of keys for each query, or one each, far from it, in place of them."""
+    q, k, v, d_out = inputs(1, 2, 2, length, length, 64, torch.bfloat16, sharpness=0.3)
+    if needles:
+        k[:, :, :256] *= 10
+        q = q + 0.025 * k[:, :, torch.randint(256, (length,), device=DEVICE)]
+    return q, k, v, d_out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("needles", [False, True])
+def test_blocks_whose_first_tiles_mark_too_much(needles):
+    """They are for tile mode, unless keys far away turn out to outweigh all those near the queries."""
+    q, k, v, d_out = flat_scores(4095, needles)
+    compare(q, k, v, d_out)
+    visible = resolve_key_range(q, k, None, True)
+    arguments = operator.operator_arguments(q, k, v, visible, alpha=1.5, scale=0.125)
+    in_tiles = forward(*arguments).in_tiles[:, 24:]
+    assert (in_tiles == 0).all() if needles else in_tiles.all()
+
+    whole = forward(*arguments).out
+    q[0, 0, 4000] = torch.nan
+    out = forward(*operator.operator_arguments(q, k, v, visible, alpha=1.5, scale=0.125)).out
+    assert out[0, 0, 4000].isnan().all()
+    others = torch.arange(4095, device=DEVICE) // 128 != 4000 // 128
+    assert torch.equal(out[:, :, others], whole[:, :, others])
+    assert out[0, 0, 4001:].isfinite().all()
+
+
 @pytest.mark.gpu
 def test_a_query_too_large_to_square_troubles_no_other():
     q, k, v, _ = inputs(1, 1, 1, 40, 40, 64, torch.bfloat16)
@@ -546,10 +575,11 @@ def test_more_heads_than_an_axis_of_a_grid_holds():
 
 
 @pytest.mark.gpu
-def test_128k_tokens():
-    """Against the float64 reference on the last rows: none is lost."""
+@pytest.mark.parametrize("sharpness", [2.0, 0.3])
+def test_128k_tokens(sharpness):
+    """Against the float64 reference on the last rows: none is lost. The flatter scores are computed in tile mode."""
     length = 131072
-    q, k, v, d_out = inputs(1, 2, 1, length, length, 64, torch.bfloat16)
+    q, k, v, d_out = inputs(1, 2, 1, length, length, 64, torch.bfloat16, sharpness)
     visible = resolve_key_range(q, k, None, True)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = operator.entmax_attention_kernels(*leaves, visible, alpha=1.5, scale=0.125)

@@ -9,6 +9,9 @@ tile's product is computed into their registers meanwhile. What is done with the
 A block may be walked twice. Bits are formed against the bound reached so far, which is loose at first, so that a block with
 many keys near its threshold marks too many. If its first tiles, an eighth of a long walk, already show this, the walk
 restarts with the bound they gave; if its keys still do not fit at the end, it is walked once more with the final bound.
+Where not even that promises to make them fit, a block is walked for its tops instead, the largest score of each quarter of a
+tile. This is faster, and gives a bound so near the threshold that tile mode is spared a pass. If the tops show that the keys
+fit after all, as a key further left may outweigh all that were seen before, it is walked once more for them.
 """
 
 from __future__ import annotations
@@ -31,12 +34,15 @@ from ..tile_table import Tiles, block_dim
 from .collect import SLACK
 from .entries_hopper import (
     TOPS_AT_ONCE,
+    TOPS_OF_TILE,
     barrier,
     lowered,
     mark_tile,
+    note_tops,
     pair_up,
     running_sum,
     settle,
+    settle_tops,
     write_keys,
 )
 
@@ -94,6 +100,13 @@ def add_bias(raw, alibi, query_position, key_position, nearest):
 
 
 @gluon.jit
+def unknown(x):
+    """x, of which the compiler knows nothing: what is computed from it in a rare branch is not computed before the loops, to
+    take registers in all of them."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def tile_of_turn(j, left, edges, first_tile, full_last):
     """Tiles are taken in this order: those at the left edge, at the right edge, then the full ones from the right."""
     return gl.where(j < left, first_tile + j, gl.where(j < edges, full_last + j - left, full_last - 1 - (j - edges)))
@@ -137,6 +150,7 @@ def collect_hopper_kernel(
     LIST: gl.constexpr = gl.SliceLayout(1, TOPS)
     ENTRY: gl.constexpr = gl.BlockedLayout([WARP_ROWS // 8, 1, 8], [8, 4, 1], [num_warps, 1, 1], [2, 1, 0])
     WORDS: gl.constexpr = gl.BlockedLayout([WARP_ROWS // 8, 1, 4], [8, 4, 1], [num_warps, 1, 1], [2, 1, 0])
+    QUARTER: gl.constexpr = gl.BlockedLayout([WARP_ROWS // 16, 2, 4], [16, 2, 1], [num_warps, 1, 1], [2, 1, 0])
     OF_ENTRY: gl.constexpr = gl.BlockedLayout([WARP_ROWS // 8, 1], [8, 4], [num_warps, 1], [1, 0])
     QUERY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [num_warps, 1], [1, 0])
 
@@ -245,6 +259,7 @@ def collect_hopper_kernel(
             lost = 0
             more = True
             restart = False
+            tops_only = False
             trying = (raise_from == 0) & (tiles >= 2 * trial + STAGES)
             while more:
                 end = gl.where(trying, trial, gl.minimum(begin + stretch, tiles))
@@ -277,7 +292,7 @@ def collect_hopper_kernel(
                     found = gl.convert_layout(found, ROW)
                     if trying:
                         restart = gl.sum(keys, 0) > capacity
-                        restart &= may_fit(gl.sum(found, 0), end, BLOCK_M, capacity // 2)
+                        tops_only = restart & (not may_fit(gl.sum(found, 0), end, BLOCK_M, capacity // 2))
                         more = not restart
                     else:
                         stretch *= 2
@@ -293,7 +308,29 @@ def collect_hopper_kernel(
             # What does not fit may do so in a second look, where the bits are formed against the final bound from the start.
             again = (raise_from < tiles) & (total > capacity) & may_fit(gl.sum(found, 0), tiles, BLOCK_M, capacity)
             raise_from = gl.where(restart, begin, tiles)
-            looking = restart | again
+            looking = (restart & (not tops_only)) | again
+            if tops_only:  # of the tiles without a mask: the others have raised the bound already
+                end = unknown(full_last)
+                whole = end - full_first
+                room = unknown(entries) * 8 // TOPS_OF_TILE
+                start_first_copies(K, k_tiles, ready, turn, b, group, 0, 0, whole, full_first, end)
+                dot = start_dot(q_tile, k_tiles, ready, turn, True, MMA)
+                for j in range(0, whole):
+                    tile = end - 1 - j
+                    raw = warpgroup_mma_wait(0, deps=(dot,))
+                    if HAS_ALIBI:
+                        column = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
+                        raw = add_bias(raw, alibi, query_position, gl.load(key_position + column), nearest)
+                    pairs = pair_up(raw)
+                    dot = start_dot(q_tile, k_tiles, ready, turn + j + 1, j + 1 < whole, MMA)
+                    start_copy(K, k_tiles, ready, turn + j + STAGES, b, group, tile - STAGES, j + STAGES < whole)
+                    note_tops(pairs, j, room, RECORDS)
+                warpgroup_mma_wait(0, deps=(dot,))  # the last one is of nothing
+                turn += whole
+                places = gl.minimum(whole, room)
+                bound, above = settle_tops(RECORDS, bound, places, z_scale, r, FORMULA, QUARTER)
+                looking = may_fit(above, places * TOPS_OF_TILE, BLOCK_M, capacity)
+                raise_from = tiles
             if looking:
                 start_first_copies(K, k_tiles, ready, turn, b, group, left, edges, tiles, first_tile, full_last)
 

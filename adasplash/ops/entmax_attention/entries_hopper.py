@@ -1,4 +1,5 @@
 """Entries of the collect kernel for Hopper, in Gluon: a tile's scores become one, entries are thinned out, and become keys.
+For a block that is to be computed in tile mode, a tile's scores become four tops.
 
 An entry of a row is 8 int32: at the even places 4 words of bits, then the tile's maximum (place 1) and the tile (3). The scores
 of a tile are looked at as pairs of float16, two to a register; `mark_tile` deals their bits to the words, `write_keys` reads
@@ -10,7 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..jit import entmax_weights, newton_step, popcount
+from ..jit import entmax_weights, larger_or_nan, newton_step, popcount
 from .collect import raise_bound
 
 # The name differs between triton 3.6 and its successors.
@@ -18,6 +19,8 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 TOPS_AT_ONCE = gl.constexpr(16)
 ENTRIES_AT_ONCE = gl.constexpr(4)
+TOPS_OF_TILE = gl.constexpr(4)
+PLACES_AT_ONCE = gl.constexpr(4)
 
 
 @gluon.jit
@@ -34,6 +37,15 @@ def running_sum(x, axis: gl.constexpr, BLOCKED: gl.constexpr):
 @gluon.jit
 def larger_of_pairs(a, b):
     return gl.inline_asm_elementwise("max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def larger_half(pair):
+    """The larger one of a pair, in float32."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f16 a, b; mov.b32 {a, b}, $1; max.NaN.f16 a, a, b; cvt.f32.f16 $0, a; }",
+        "=f,r", [pair], gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -67,10 +79,7 @@ def mark_tile(
     """
     BLOCK_M: gl.constexpr = pairs.shape[0]
     top = gl.reduce(gl.reduce(gl.reduce(pairs, 2, larger_of_pairs), 1, larger_of_pairs), 1, larger_of_pairs)
-    top = gl.inline_asm_elementwise(
-        "{ .reg .f16 a, b; mov.b32 {a, b}, $1; max.NaN.f16 a, a, b; cvt.f32.f16 $0, a; }",
-        "=f,r", [top], gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
+    top = larger_half(top)
     top = gl.convert_layout(top, ROW, assert_trivial=True)
     hit = top > lowered(bound, margin)
     raised, raised_slope = raise_bound(bound, slope, top, z_scale, r, FORMULA)
@@ -193,3 +202,49 @@ def write_keys(RECORDS, KEYS, first, found, most, BLOCK_N: gl.constexpr, WORDS: 
             gl.store(KEYS + to, column, mask=words != 0)
             to += 1
             words = words & (words - 1)
+
+
+@gluon.jit
+def note_tops(pairs, j, room, RECORDS):
+    """Stores the largest score of each quarter of the tile of turn j (a quarter lies in one thread).
+
+    RECORDS is (room, M, TOPS_OF_TILE) here; room is a power of two, and tiles so many turns apart share a place and its tops.
+    """
+    BLOCK_M: gl.constexpr = pairs.shape[0]
+    top = larger_half(gl.reduce(gl.reduce(pairs, 2, larger_of_pairs), 1, larger_of_pairs))  # (M, TOPS_OF_TILE)
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, top.type.layout))[:, None]
+    quarter = gl.arange(0, TOPS_OF_TILE, layout=gl.SliceLayout(0, top.type.layout))[None, :]
+    at = RECORDS + (((j & (room - 1)) * BLOCK_M + m) * TOPS_OF_TILE + quarter)
+    before = gl.load(at, mask=(m >= 0) & (j >= room), other=-8388608)  # the bits of -inf
+    top = larger_or_nan(top, before.to(gl.float32, bitcast=True))
+    gl.store(at, top.to(gl.int32, bitcast=True))
+
+
+@gluon.jit
+def settle_tops(RECORDS, bound, places, z_scale, r, FORMULA: gl.constexpr, QUARTER: gl.constexpr):
+    """The bound (M,) raised to the threshold of the tops of so many places, nearly, and how many of them lie above it."""
+    BLOCK_M: gl.constexpr = bound.shape[0]
+    OF_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, QUARTER))
+    ROW: gl.constexpr = bound.type.layout
+    barrier()
+    bound = gl.convert_layout(bound, OF_ROW)
+    m = gl.arange(0, BLOCK_M, layout=OF_ROW)[:, None]
+    c = gl.arange(0, PLACES_AT_ONCE, layout=gl.SliceLayout(0, gl.SliceLayout(2, QUARTER)))[None, :]
+    quarter = gl.arange(0, TOPS_OF_TILE, layout=gl.SliceLayout(0, gl.SliceLayout(1, QUARTER)))[None, None, :]
+    above = gl.zeros([BLOCK_M], gl.int32, layout=OF_ROW)
+    for _ in gl.static_range(3):
+        mass = gl.zeros([BLOCK_M], gl.float32, layout=OF_ROW)
+        u_sum = mass
+        above = gl.zeros([BLOCK_M], gl.int32, layout=OF_ROW)
+        for begin in range(0, places, PLACES_AT_ONCE):
+            at = RECORDS + (((begin + c) * BLOCK_M + m) * TOPS_OF_TILE)[:, :, None] + quarter
+            top = gl.load(at, mask=(begin + c < places)[:, :, None], other=-8388608).to(gl.float32, bitcast=True)
+            hit = top > bound[:, None, None]
+            p, u = entmax_weights(gl.where(hit, (top - bound[:, None, None]) * z_scale, 0.0), r, FORMULA)
+            p = gl.where(top < float("inf"), p, float("nan"))
+            mass += gl.sum(gl.sum(p, 2), 1)
+            u_sum += gl.sum(gl.sum(u, 2), 1)
+            above += gl.sum(gl.sum(hit.to(gl.int32), 2), 1)
+        bound += gl.maximum(newton_step(mass, u_sum, r, FORMULA), 0.0) / z_scale
+        bound = gl.where(mass == mass, bound, float("nan"))
+    return gl.convert_layout(bound, ROW), gl.sum(above, 0)
