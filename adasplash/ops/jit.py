@@ -184,6 +184,16 @@ def entmax_weights(distance, r, FORMULA: tl.constexpr):
 
 
 @triton.jit
+def near_delta(d_out, out):
+    """sum p dP of rows (M, D), near delta = sum u dP / sum u: sums of u (dP - near) do not cancel as those of u dP would.
+
+    0 for rows that are not finite: as a part of delta it would reach keys that they do not see.
+    """
+    near = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
+    return tl.where(tl.abs(near) < float("inf"), near, 0.0)
+
+
+@triton.jit
 def newton_step(mass, slope, r, FORMULA: tl.constexpr):
     """What to add to t, given mass = sum p and slope = sum u at t: Newton's method on (sum (z - t) ** r) ** (1 / r) = 1.
 

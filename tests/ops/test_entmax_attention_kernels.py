@@ -210,6 +210,25 @@ def test_few_keys_above_many_in_tile_mode(alpha, few, gap, monkeypatch):
     compare(*(x.to(dtype) for x in (q, k, v, d_out)), alpha=alpha, causal=False)
 
 
+@pytest.mark.parametrize(
+    "alpha, length, gap, value", [(2.0, 512, 0.5, 30.0), (1.75, 512, 0.6, 10.0), (1.5, 256, 0.6, 10.0)]
+)
+@pytest.mark.parametrize("road", ["lists", "tiles"])
+def test_an_output_far_from_the_mean_that_gradients_need(alpha, length, gap, value, road, monkeypatch):
+    """One key has half of the weight, and another value than all others, which count as much for the gradient."""
+    if road == "lists":
+        monkeypatch.setitem(ROADS, road, (length, length))
+    take(road, monkeypatch)
+    dtype = torch.float16 if DEVICE == "cpu" else torch.bfloat16
+    q, k, v, d_out = inputs(1, 1, 1, 32, length, 16, torch.float32, sharpness=1.0)
+    k *= 0.02
+    q[..., 0], q[..., 1] = 4.0, 0.02
+    k[..., 0], k[..., 1] = 0.0, 10.0
+    k[:, :, 0, 0] = gap / (alpha - 1.0)
+    v[:, :, 0] += value
+    compare(*(x.to(dtype) for x in (q, k, v, d_out)), alpha=alpha, causal=False)
+
+
 @pytest.mark.parametrize("slope", [None, 0.125])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("road", ["lists", "tiles"])
@@ -246,6 +265,17 @@ def test_gradients_of_rows_that_are_not_finite(road, monkeypatch):
     attend = lambda q, k, v, alpha: operator.entmax_attention_kernels(q, k, v, visible, alpha=alpha, scale=0.25)
     for gradient in gradients(attend, q, k, v, d_out, 1.5)[1:]:
         assert (gradient.isnan() | (gradient == 0)).all()
+
+
+@pytest.mark.parametrize("road", ["lists", "tiles", "sinks"])
+def test_gradients_of_keys_that_no_row_sees_which_is_not_finite(road, monkeypatch):
+    take(road, monkeypatch)
+    q, k, v, d_out = inputs(1, 1, 1, 70, 70, 16)
+    visible = KeyRange.documents(torch.arange(70, device=DEVICE)[None] % 35)
+    k[0, 0, 10] = torch.nan
+    attend = lambda q, k, v, alpha: operator.entmax_attention_kernels(q, k, v, visible, alpha=alpha, scale=0.25)
+    out, _, dk, dv = gradients(attend, q, k, v, d_out, 1.5)
+    assert all(x[:, :, 35:].isfinite().all() for x in (out, dk, dv))
 
 
 @pytest.mark.parametrize("little_shared_memory", [False, True])

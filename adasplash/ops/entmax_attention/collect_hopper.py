@@ -6,7 +6,7 @@ Scores are looked at in float16, two in a register: the queries of a block are s
 overflows, and the bound is lowered by what the rounding can do. The float32 scores are then no longer needed, and the next
 tile's product is computed into their registers meanwhile. What is done with the scores of a tile: entries_hopper.py.
 
-A block may be walked twice. Bits are formed against the bound reached so far, which is loose at first, so that a block with
+A block may be walked more than once. Bits are formed against the bound reached so far, which is loose at first, so that a block with
 many keys near its threshold marks too many. If its first tiles, an eighth of a long walk, already show this, the walk
 restarts with the bound they gave; if its keys still do not fit at the end, it is walked once more with the final bound.
 Where not even that promises to make them fit, a block is walked for its tops instead, the largest score of each quarter of a

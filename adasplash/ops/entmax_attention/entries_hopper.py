@@ -247,4 +247,5 @@ def settle_tops(RECORDS, bound, places, z_scale, r, FORMULA: gl.constexpr, QUART
             above += gl.sum(gl.sum(hit.to(gl.int32), 2), 1)
         bound += gl.maximum(newton_step(mass, u_sum, r, FORMULA), 0.0) / z_scale
         bound = gl.where(mass == mass, bound, float("nan"))
+    barrier()  # before others write where entries are
     return gl.convert_layout(bound, ROW), gl.sum(above, 0)

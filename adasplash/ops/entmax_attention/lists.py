@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import SIZES, entmax_weights, largest, load_rows, load_tile, newton_step, program_head
+from ..jit import SIZES, entmax_weights, largest, load_rows, load_tile, near_delta, newton_step, program_head
 
 NEWTON_STEPS = tl.constexpr(24)  # at most; a handful is usual
 THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side,
@@ -220,10 +220,9 @@ def rows_backward_kernel(
             tau = tl.load(TAU + at, mask=inside, other=0.0)
             q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
             d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D).to(tl.float32)
-            # sum p dP, near delta: sums of (dP - near) do not cancel as sums of dP would.
             like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
             out = load_tile(OUT + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
-            near = tl.sum(d_out * out.to(tl.float32), 1)
+            near = near_delta(d_out, out)
             query_position = row
             if HAS_ALIBI:
                 query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)

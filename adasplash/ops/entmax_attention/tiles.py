@@ -17,6 +17,7 @@ from ..jit import (
     load_per_row,
     load_rows,
     load_tile,
+    near_delta,
     newton_step,
     program_head,
     score_tile,
@@ -25,7 +26,7 @@ from ..jit import (
     visible_tiles,
 )
 
-NEWTON_STEPS = tl.constexpr(16)  # at most; one or two are usual
+NEWTON_STEPS = tl.constexpr(16)  # at most; one or two are usual, and one pass over v
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -54,6 +55,12 @@ def list_blocks_kernel(IN_TILES, BLOCKS, BLOCK_COUNT, blocks, AT_ONCE: tl.conste
 def partial_sums(x):
     """x (M, N) -> (M, 8), whose sums are those of the rows: what lies 8 columns apart is in one thread, and a loop adds it up there."""
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), 1)
+
+
+@triton.jit
+def moves(tau, step):
+    """Whether a step is more than tau's last digits, which no number of steps would settle."""
+    return (tau < float("inf")) & (tl.abs(step) > tl.abs(tau) * 2.0**-21)
 
 
 @triton.jit
@@ -90,9 +97,9 @@ def tiles_forward_kernel(
 ):  # fmt: skip
     """Refines the bound to the threshold, then computes tau and out.
 
-    The pass over v has the last word on tau. Its weights sum to `mass`, by which `out` is divided: this leaves an error of at
-    most |mass - 1| times the difference between the means of v weighted by p and by u. Where |mass - 1| is too large for that, as
-    it can be with a few keys far above many near-equal ones, which a step drops in large numbers, the pass is made again.
+    The weights of the pass over v sum to `mass`, by which `out` is divided: this leaves an error of at most |mass - 1| times the
+    difference between the means of v weighted by p and by u. Where |mass - 1| is too large for that, as it can be with a few keys
+    far above many near-equal ones, which a step drops in large numbers, the pass is made again. tau takes one more step from it.
     """
     bh = program_head()
     PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
@@ -138,13 +145,14 @@ def tiles_forward_kernel(
         else:
             close = 0.25 if FORMULA == 2 else tl.where(alpha < 1.6, 0.1, 1e-2)
             far_off = 4e-3
-        # The bound of huge scores may lie far below. Distances are taken in a unit in which even then none is above 1.
+        # The bound of scores in the thousands may lie far below. Distances are taken in a unit in which even then none is above 1.
         UNIT: tl.constexpr = 1.0 if FORMULA == 0 else (2.0**12 if FORMULA == 4 else 2.0**24)
         steps = 0
         while steps < NEWTON_STEPS:
             p_sums = tl.zeros((BLOCK_M, 8), tl.float32)
             u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
             support = tl.zeros((BLOCK_M, 8), tl.float32)
+            tau_units = tau / UNIT
             for part in tl.static_range(3):  # left edge, inside, right edge
                 begin = first if part == 0 else (full_first if part == 1 else full_last)
                 end = full_first if part == 0 else (full_last if part == 1 else last)
@@ -154,7 +162,7 @@ def tiles_forward_kernel(
                     in_length = column[None, :] < key_length if part != 1 else None
                     k = load_tile(k_at + (tile * BLOCK_N).to(tl.int64) * k_t, d[:, None] < D, in_length, D == BLOCK_D)
                     distance = tile_distances(
-                        q, k, column, start, stop, tau / UNIT, z_scale / UNIT, slope, query_position, KEY_POSITION, key_length,
+                        q, k, column, start, stop, tau_units, z_scale / UNIT, slope, query_position, KEY_POSITION, key_length,
                         part != 1, FORMULA, HAS_ALIBI, PRECISION,
                     )  # fmt: skip
                     p, u = entmax_weights(distance, r, FORMULA)
@@ -170,11 +178,11 @@ def tiles_forward_kernel(
             step = newton_step(mass, u_sum, r, FORMULA)
             if FORMULA == 2:
                 step = halley_step(mass, u_sum, tl.sum(support, 1))
+            relative = tl.where(seeing & moves(tau, step), tl.abs(step) * u_sum, 0.0) / tl.where(mass > 0.0, mass, 1.0)
             tau += step
-            relative = tl.where(seeing, tl.abs(step) * u_sum, 0.0) / tl.where(mass > 0.0, mass, 1.0)
             steps = tl.where(largest(relative) > close, steps + 1, NEWTON_STEPS)
 
-        out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)  # what the loop leaves has to have a type before it
         mass = tl.zeros((BLOCK_M,), tl.float32)
         passes = 0
         while passes < NEWTON_STEPS:
@@ -200,8 +208,9 @@ def tiles_forward_kernel(
                     u_sums += partial_sums(u)
                     out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
             mass = tl.sum(p_sums, 1)
-            tau += newton_step(mass, tl.sum(u_sums, 1), r, FORMULA)
-            off = tl.where(tau < float("inf"), tl.abs(mass - 1.0), 0.0)
+            step = newton_step(mass, tl.sum(u_sums, 1), r, FORMULA)
+            off = tl.where(moves(tau, step), tl.abs(mass - 1.0), 0.0)
+            tau += step
             passes = tl.where(largest(off) > far_off, passes + 1, NEWTON_STEPS)
         out = out / tl.where(mass > 0.0, mass, 1.0)[:, None]
         out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
@@ -245,8 +254,7 @@ def tiles_backward_rows_kernel(
         d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D)
         like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
         out = load_tile(OUT + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
-        # sum p dP, near delta = sum u dP / sum u: sums of (dP - near) do not cancel as sums of dP would.
-        near = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
+        near = near_delta(d_out, out)
         k_at = K + b * k_b + group * k_h + n[None, :].to(tl.int64) * k_t + d[:, None]
         v_at = V + b * v_b + group * v_h + n[None, :].to(tl.int64) * v_t + d[:, None]
         alpha = tl.load(ALPHA + h).to(tl.float32)
@@ -263,6 +271,8 @@ def tiles_backward_rows_kernel(
         k_mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
         ds_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+        u_sum = tl.zeros((BLOCK_M,), tl.float32)
+        u_dp = tl.zeros((BLOCK_M,), tl.float32)
         p_sum = tl.zeros((BLOCK_M,), tl.float32)
         p_dp = tl.zeros((BLOCK_M,), tl.float32)
         entropy = tl.zeros((BLOCK_M,), tl.float32)
@@ -283,23 +293,31 @@ def tiles_backward_rows_kernel(
                 p, u = entmax_weights(distance, r, FORMULA)
                 dp = tl.dot(d_out, v, input_precision=PRECISION) - near[:, None]
                 ds = u * dp
-                dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
-                k_mean = tl.dot(u.to(k.dtype), tl.trans(k), k_mean, input_precision=PRECISION)
-                u_sums += partial_sums(u)
-                ds_sums += partial_sums(ds)
                 if ALPHA_GRADIENT:
                     entropy_term = -p * tl.log(tl.maximum(p, 1e-37))
+                    u_sum += tl.sum(u, 1)
+                    u_dp += tl.sum(ds, 1)
                     p_sum += tl.sum(p, 1)
                     p_dp += tl.sum(p * dp, 1)
                     entropy += tl.sum(entropy_term, 1)
                     entropy_dp += tl.sum(entropy_term * dp, 1)
-        u_sum = tl.sum(u_sums, 1)
-        delta = tl.sum(ds_sums, 1) / tl.where(u_sum > 0.0, u_sum, 1.0)
+                if FORMULA < 2:
+                    # Near alpha = 2, u is flat, and ds of many keys may be rounded alike for the dot: then sum dS is 0 only if
+                    # what is added up is what the dots see. It takes twice the instructions, and nearer 1.5 such errors even out.
+                    u = u.to(k.dtype).to(tl.float32)
+                    ds = ds.to(k.dtype).to(tl.float32)
+                dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+                k_mean = tl.dot(u.to(k.dtype), tl.trans(k), k_mean, input_precision=PRECISION)
+                u_sums += partial_sums(u)
+                ds_sums += partial_sums(ds)
+        seen_u = tl.sum(u_sums, 1)
+        delta = tl.sum(ds_sums, 1) / tl.where(seen_u > 0.0, seen_u, 1.0)
         dq = (dq - delta[:, None] * k_mean) * scale
         full = inside[:, None] & (d < D)[None, :]
         tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
         tl.store(DELTA + at, delta + near, mask=inside)
         if ALPHA_GRADIENT:
+            delta = u_dp / tl.where(u_sum > 0.0, u_sum, 1.0)
             by_alpha = (p_dp - delta * p_sum) * r * r + (entropy_dp - delta * entropy) * r
             tl.store(D_ALPHA + at, by_alpha, mask=inside)
 
