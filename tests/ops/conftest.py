@@ -5,6 +5,8 @@ import torch
 
 from adasplash.ops.tile_table import ListShape, list_shapes
 
+pytest.register_assert_rewrite("entmax_roads")
+
 
 @pytest.fixture
 def device() -> str:
@@ -22,3 +24,11 @@ def large_programs(device, monkeypatch):
     monkeypatch.setattr(operator, "list_shapes", lambda dim: dict.fromkeys(list_shapes(dim), shape))
     for name, size in {"THRESHOLD_ROWS": 32, "THRESHOLD_PAIRS": 16}.items():
         monkeypatch.setattr(lists, name, type(getattr(lists, name))(size))
+
+
+@pytest.fixture(params=["lists", "tiles", "both", "sinks"])
+def road(request, monkeypatch):
+    """Where the pairs of entmax attention go; a test with this goes each of the ways."""
+    from entmax_roads import take
+
+    take(request.param, monkeypatch)
