@@ -31,6 +31,7 @@ from .tiles import list_blocks_kernel, tiles_backward_columns_kernel, tiles_back
 KEYS_PER_QUERY = 64
 # Tiles that a row may mark while it is scanned; rows that mark more go to tile mode. A power of two, for `note_tops`.
 ENTRIES = 128
+assert ENTRIES & (ENTRIES - 1) == 0
 # Gluon is young, and Triton's compiler places barriers in it: only with versions that the kernel for Hopper was run with.
 TRITONS_FOR_HOPPER = ("3.6.", "3.7.")
 # Longer columns of the transposed lists are computed as dense tiles: keys that very many queries attend to.

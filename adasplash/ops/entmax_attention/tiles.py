@@ -71,6 +71,14 @@ def limited(distance, FORMULA: tl.constexpr):
 
 
 @triton.jit
+def tiles_of_part(part: tl.constexpr, first, full_first, full_last, last):
+    """Where the key tiles begin and end of the left edge (0), of the inside (1), which needs no mask, and of the right edge (2)."""
+    begin = first if part == 0 else (full_first if part == 1 else full_last)
+    end = full_first if part == 0 else (full_last if part == 1 else last)
+    return begin, end
+
+
+@triton.jit
 def tile_distances(
     q, k, column, start, stop, tau, z_scale, slope, query_position, KEY_POSITION, key_length,
     MASKED: tl.constexpr, FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,9 +161,8 @@ def tiles_forward_kernel(
             u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
             support = tl.zeros((BLOCK_M, 8), tl.float32)
             tau_units = tau / UNIT
-            for part in tl.static_range(3):  # left edge, inside, right edge
-                begin = first if part == 0 else (full_first if part == 1 else full_last)
-                end = full_first if part == 0 else (full_last if part == 1 else last)
+            for part in tl.static_range(3):
+                begin, end = tiles_of_part(part, first, full_first, full_last, last)
                 for i in tl.range(0, end - begin, num_stages=STAGES):
                     tile = begin + i
                     column = tile * BLOCK_N + n
@@ -190,8 +197,7 @@ def tiles_forward_kernel(
             p_sums = tl.zeros((BLOCK_M, 8), tl.float32)
             u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
             for part in tl.static_range(3):
-                begin = first if part == 0 else (full_first if part == 1 else full_last)
-                end = full_first if part == 0 else (full_last if part == 1 else last)
+                begin, end = tiles_of_part(part, first, full_first, full_last, last)
                 for i in tl.range(0, end - begin, num_stages=STAGES):
                     tile = begin + i
                     column = tile * BLOCK_N + n
@@ -278,8 +284,7 @@ def tiles_backward_rows_kernel(
         entropy = tl.zeros((BLOCK_M,), tl.float32)
         entropy_dp = tl.zeros((BLOCK_M,), tl.float32)
         for part in tl.static_range(3):
-            begin = first if part == 0 else (full_first if part == 1 else full_last)
-            end = full_first if part == 0 else (full_last if part == 1 else last)
+            begin, end = tiles_of_part(part, first, full_first, full_last, last)
             for i in tl.range(0, end - begin, num_stages=STAGES):
                 tile = begin + i
                 column = tile * BLOCK_N + n
