@@ -162,14 +162,55 @@ def max_or_nan(x, axis: tl.constexpr):
 
 
 @triton.jit
-def power(x, exponent):
-    """x ** exponent for x >= 0 in float32, with 0 ** anything = 0."""
-    return tl.where(x > 0.0, tl.exp2(exponent * tl.log2(tl.maximum(x, 1e-37))), 0.0)
+def log2(x, ROUGH: tl.constexpr):
+    """log2 of x >= 0, below -120 for 0; ROUGH: in one instruction, which errs by up to 2^-22 near 1, where tl.log2 takes a dozen."""
+    if ROUGH and not IN_PYTHON:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(tl.maximum(x, 1e-37))
 
 
 @triton.jit
-def entmax_weights(distance, r, FORMULA: tl.constexpr):
-    """p = d ** r and u = p ** (2 - alpha) = d ** (r - 1), both 0 where d = z - tau <= 0."""
+def power(x, exponent, ROUGH: tl.constexpr = False):
+    """x ** exponent for x, exponent >= 0 in float32, with 0 ** anything = 0; ROUGH: as in `log2`."""
+    if ROUGH and not IN_PYTHON:  # the logarithm of 0 is -inf, and its power 0
+        return tl.exp2(tl.maximum(exponent, 1e-30) * log2(x, ROUGH))
+    else:
+        return tl.where(x > 0.0, tl.exp2(exponent * log2(x, ROUGH)), 0.0)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x in float32 as DTYPE holds it. Of two at a time: the compiler's conversion of one by one is 16 times slower than a product."""
+    if IN_PYTHON or DTYPE == tl.float32:
+        return x.to(DTYPE).to(tl.float32)
+    elif DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 pair;
+            .reg .b16 low, high;
+            cvt.rn.f16x2.f32 pair, $3, $2;
+            mov.b32 {low, high}, pair;
+            cvt.f32.f16 $0, low;
+            cvt.f32.f16 $1, high;
+            }""",
+            "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 pair;
+            cvt.rn.bf16x2.f32 pair, $3, $2;
+            shl.b32 $0, pair, 16;
+            and.b32 $1, pair, 0xffff0000;
+            }""",
+            "=r,=r,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def entmax_weights(distance, r, FORMULA: tl.constexpr, ROUGH: tl.constexpr = False):
+    """p = d ** r and u = p ** (2 - alpha) = d ** (r - 1), both 0 where d = z - tau <= 0; ROUGH: as in `log2`."""
     d = tl.maximum(distance, 0.0)
     if FORMULA == 2:
         return d * d, d
@@ -179,8 +220,17 @@ def entmax_weights(distance, r, FORMULA: tl.constexpr):
         u = d * d * d
         return u * d, u
     else:
-        u = power(d, r - 1.0)
+        u = power(d, r - 1.0, ROUGH)
         return u * d, u
+
+
+@triton.jit
+def alpha_weights(p, distance, ROUGH: tl.constexpr = False):
+    """w / r ** 2, of which sum w (dP - delta) is a row's share of the gradient for alpha: w = r ** 2 p - r p log p, and p = d ** r.
+
+    Correia, Niculae and Martins 2019, Prop. 1.
+    """
+    return p * (1.0 - 0.6931471805599453 * tl.maximum(log2(distance, ROUGH), -150.0))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import SIZES, entmax_weights, largest, load_rows, load_tile, near_delta, newton_step, program_head
+from ..jit import SIZES, alpha_weights, entmax_weights, largest, load_rows, load_tile, near_delta, newton_step, program_head
 
 NEWTON_STEPS = tl.constexpr(24)  # at most; a handful is usual
 THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side,
@@ -191,7 +191,7 @@ def rows_backward_kernel(
 ):  # fmt: skip
     """dq and delta = sum u dP / sum u for ROWS queries, TURNS times; counts the pairs of each key in COLUMN_COUNT.
 
-    DQ and OUT have strides dq_*. D_ALPHA (B, H, Tq): the row's share of the gradient for alpha (Correia, Niculae and Martins 2019, Prop. 1).
+    DQ and OUT have strides dq_*. D_ALPHA (B, H, Tq): the row's share of the gradient for alpha.
     """
     bh = program_head()
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
@@ -230,10 +230,8 @@ def rows_backward_kernel(
             k_mean = tl.zeros((ROWS, BLOCK_D), tl.float32)
             u_sum = tl.zeros((ROWS,), tl.float32)
             delta = tl.zeros((ROWS,), tl.float32)
-            p_sum = tl.zeros((ROWS,), tl.float32)
-            p_dp = tl.zeros((ROWS,), tl.float32)
-            entropy = tl.zeros((ROWS,), tl.float32)
-            entropy_dp = tl.zeros((ROWS,), tl.float32)
+            w_sum = tl.zeros((ROWS,), tl.float32)
+            w_dp = tl.zeros((ROWS,), tl.float32)
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
                 key = tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0)
@@ -243,7 +241,8 @@ def rows_backward_kernel(
                 if HAS_ALIBI:
                     key_position = tl.load(KEY_POSITION + key, mask=live, other=0)
                 z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
-                p, u = entmax_weights(tl.where(live, z * (alpha - 1.0) - tau[:, None], 0.0), r, FORMULA)
+                distance = tl.where(live, z * (alpha - 1.0) - tau[:, None], 0.0)
+                p, u = entmax_weights(distance, r, FORMULA)
                 dp = tl.sum(d_out[:, None, :] * v, 2) - near[:, None]
                 dq += tl.sum((u * dp)[:, :, None] * k, 1)
                 k_mean += tl.sum(u[:, :, None] * k, 1)
@@ -251,16 +250,13 @@ def rows_backward_kernel(
                 delta += tl.sum(u * dp, 1)
                 tl.atomic_add(COLUMN_COUNT + key, 1, mask=live, sem="relaxed")
                 if ALPHA_GRADIENT:
-                    entropy_term = -p * tl.log(tl.maximum(p, 1e-37))
-                    p_sum += tl.sum(p, 1)
-                    p_dp += tl.sum(p * dp, 1)
-                    entropy += tl.sum(entropy_term, 1)
-                    entropy_dp += tl.sum(entropy_term * dp, 1)
+                    w = alpha_weights(p, distance)
+                    w_sum += tl.sum(w, 1)
+                    w_dp += tl.sum(w * dp, 1)
             delta = delta / tl.where(u_sum > 0.0, u_sum, 1.0)
             dq = (dq - delta[:, None] * k_mean) * scale
             full = inside[:, None] & (d < D)[None, :]
             tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
             tl.store(DELTA + at, delta + near, mask=inside)
             if ALPHA_GRADIENT:
-                by_alpha = (p_dp - delta * p_sum) * r * r + (entropy_dp - delta * entropy) * r
-                tl.store(D_ALPHA + at, by_alpha, mask=inside)
+                tl.store(D_ALPHA + at, (w_dp - delta * w_sum) * r * r, mask=inside)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..jit import (
     SIZES,
+    alpha_weights,
     entmax_weights,
     halley_step,
     largest,
@@ -20,6 +21,7 @@ from ..jit import (
     near_delta,
     newton_step,
     program_head,
+    rounded,
     score_tile,
     seeing_blocks,
     sizes_without,
@@ -172,7 +174,7 @@ def tiles_forward_kernel(
                         q, k, column, start, stop, tau_units, z_scale / UNIT, slope, query_position, KEY_POSITION, key_length,
                         part != 1, FORMULA, HAS_ALIBI, PRECISION,
                     )  # fmt: skip
-                    p, u = entmax_weights(distance, r, FORMULA)
+                    p, u = entmax_weights(distance, r, FORMULA, Q.dtype.element_ty != tl.float32)
                     p_sums += partial_sums(p)
                     u_sums += partial_sums(u)
                     if FORMULA == 2:
@@ -209,7 +211,7 @@ def tiles_forward_kernel(
                         q, k, column, start, stop, tau, z_scale, slope, query_position, KEY_POSITION, key_length,
                         part != 1, FORMULA, HAS_ALIBI, PRECISION,
                     )  # fmt: skip
-                    p, u = entmax_weights(distance, r, FORMULA)
+                    p, u = entmax_weights(distance, r, FORMULA, Q.dtype.element_ty != tl.float32)
                     p_sums += partial_sums(p)
                     u_sums += partial_sums(u)
                     out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
@@ -277,12 +279,10 @@ def tiles_backward_rows_kernel(
         k_mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
         ds_sums = tl.zeros((BLOCK_M, 8), tl.float32)
-        u_sum = tl.zeros((BLOCK_M,), tl.float32)
-        u_dp = tl.zeros((BLOCK_M,), tl.float32)
-        p_sum = tl.zeros((BLOCK_M,), tl.float32)
-        p_dp = tl.zeros((BLOCK_M,), tl.float32)
-        entropy = tl.zeros((BLOCK_M,), tl.float32)
-        entropy_dp = tl.zeros((BLOCK_M,), tl.float32)
+        w_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+        w_dp_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+        exact_u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+        exact_ds_sums = tl.zeros((BLOCK_M, 8), tl.float32)
         for part in tl.static_range(3):
             begin, end = tiles_of_part(part, first, full_first, full_last, last)
             for i in tl.range(0, end - begin, num_stages=STAGES):
@@ -295,24 +295,22 @@ def tiles_backward_rows_kernel(
                     q, k, column, start, stop, tau, z_scale, slope, query_position, KEY_POSITION, key_length,
                     part != 1, FORMULA, HAS_ALIBI, PRECISION,
                 )  # fmt: skip
-                p, u = entmax_weights(distance, r, FORMULA)
+                p, u = entmax_weights(distance, r, FORMULA, Q.dtype.element_ty != tl.float32)
                 dp = tl.dot(d_out, v, input_precision=PRECISION) - near[:, None]
                 ds = u * dp
                 if ALPHA_GRADIENT:
-                    entropy_term = -p * tl.log(tl.maximum(p, 1e-37))
-                    u_sum += tl.sum(u, 1)
-                    u_dp += tl.sum(ds, 1)
-                    p_sum += tl.sum(p, 1)
-                    p_dp += tl.sum(p * dp, 1)
-                    entropy += tl.sum(entropy_term, 1)
-                    entropy_dp += tl.sum(entropy_term * dp, 1)
+                    w = alpha_weights(p, distance, Q.dtype.element_ty != tl.float32)
+                    w_sums += partial_sums(w)
+                    w_dp_sums += partial_sums(w * dp)
+                    exact_u_sums += partial_sums(u)
+                    exact_ds_sums += partial_sums(ds)
+                dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+                k_mean = tl.dot(u.to(k.dtype), tl.trans(k), k_mean, input_precision=PRECISION)
                 if FORMULA < 2:
                     # Near alpha = 2, u is flat, and ds of many keys may be rounded alike for the dot: then sum dS is 0 only if
                     # what is added up is what the dots see. It takes twice the instructions, and nearer 1.5 such errors even out.
-                    u = u.to(k.dtype).to(tl.float32)
-                    ds = ds.to(k.dtype).to(tl.float32)
-                dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
-                k_mean = tl.dot(u.to(k.dtype), tl.trans(k), k_mean, input_precision=PRECISION)
+                    u = rounded(u, k.dtype)
+                    ds = rounded(ds, k.dtype)
                 u_sums += partial_sums(u)
                 ds_sums += partial_sums(ds)
         seen_u = tl.sum(u_sums, 1)
@@ -322,9 +320,9 @@ def tiles_backward_rows_kernel(
         tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
         tl.store(DELTA + at, delta + near, mask=inside)
         if ALPHA_GRADIENT:
-            delta = u_dp / tl.where(u_sum > 0.0, u_sum, 1.0)
-            by_alpha = (p_dp - delta * p_sum) * r * r + (entropy_dp - delta * entropy) * r
-            tl.store(D_ALPHA + at, by_alpha, mask=inside)
+            # Near alpha = 1, where r is large, the gradient asks for more digits of delta than the rounded sums have.
+            delta = tl.sum(exact_ds_sums, 1) / tl.where(seen_u > 0.0, tl.sum(exact_u_sums, 1), 1.0)
+            tl.store(D_ALPHA + at, (tl.sum(w_dp_sums, 1) - delta * tl.sum(w_sums, 1)) * r * r, mask=inside)
 
 
 @triton.jit(do_not_specialize=sizes_without("query_length", "range_b", "range_h"))
@@ -426,7 +424,7 @@ def tiles_backward_columns_kernel(
                         stop = tl.load(STOP + range_at, mask=inside, other=0)
                         visible = (key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :])
                         distance = tl.where(visible, distance, 0.0)
-                    p, u = entmax_weights(distance, r, FORMULA)
+                    p, u = entmax_weights(distance, r, FORMULA, Q.dtype.element_ty != tl.float32)
                     dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
                     dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
                     ds = u * (dp - delta[None, :])
