@@ -244,38 +244,47 @@ def near_delta(d_out, out):
 
 
 @triton.jit
-def newton_step(mass, slope, r, FORMULA: tl.constexpr):
-    """What to add to t, given mass = sum p and slope = sum u at t: Newton's method on (sum (z - t) ** r) ** (1 / r) = 1.
-
-    That norm is convex and decreasing in t, so that from the left the steps never pass the root, and it is so nearly a
-    straight line that a few of them are enough even for alpha near 1, where r is large.
-    """
+def mass_over_norm(mass, r, FORMULA: tl.constexpr):
+    """mass / norm = mass ** (1 - 1 / r), where norm = (sum (z - t) ** r) ** (1 / r) and mass = norm ** r."""
     if FORMULA == 2:
-        root = tl.sqrt(mass)
+        return tl.sqrt(mass)
     elif FORMULA == 1:
-        root = 1.0
+        return tl.full(mass.shape, 1.0, tl.float32)
     elif FORMULA == 4:
-        root = tl.sqrt(mass) * tl.sqrt(tl.sqrt(mass))
+        return tl.sqrt(mass) * tl.sqrt(tl.sqrt(mass))
     else:
-        root = power(mass, 1.0 - 1.0 / r)
-    return tl.where(slope > 0.0, (mass - root) / tl.maximum(slope, 1e-30), 0.0)
+        return power(mass, 1.0 - 1.0 / r)
 
 
 @triton.jit
-def halley_step(mass, slope, support):
-    """As newton_step for alpha = 1.5, but of third order, given also the number of keys above t.
+def newton_step(mass, slope, r, FORMULA: tl.constexpr):
+    """What to add to t, given mass = sum p and slope = sum u at t: Newton's method on norm = 1 (see `mass_over_norm`).
 
-    For g = sqrt(sum (z - t) ** 2): g' = -slope / g and g'' = (support - slope ** 2 / mass) / g. At most 1.4 Newton steps,
-    and Newton's own where g > 3: of a single key, 1.4 of them go past its z from g = 3.3 on. Such a step is at least 2 / 3 of
+    The norm is convex and decreasing in t, so that from the left the steps never pass the root, and it is so nearly a
+    straight line that a few of them are enough even for alpha near 1, where r is large.
+    """
+    return tl.where(slope > 0.0, (mass - mass_over_norm(mass, r, FORMULA)) / tl.maximum(slope, 1e-30), 0.0)
+
+
+@triton.jit
+def halley_step(mass, slope, below, r, FORMULA: tl.constexpr):
+    """As newton_step, but of third order, given also `below`: sum (z - t) ** (r - 2), or for the general FORMULA the number of keys above t.
+
+    With the power sums M(s) = sum (z - t) ** s, norm * norm'' / norm' ** 2 = (r - 1) (bend - 1) for bend = M(r) M(r - 2) / M(r - 1) ** 2.
+    From the number of keys, M(0), M(r - 2) is estimated: log M(s) is drawn as a parabola through s = 0, r - 1 and r. At most 1.4 Newton
+    steps, and Newton's own where norm > 3: of a single key, 1.4 of them go past its z from 3.3 on. Such a step is at least 2 / 3 of
     the mean distance from t, so that none that is taken for the last one has Newton's larger error (see `tiles`).
     """
-    root = tl.sqrt(mass)
-    square = slope * slope
-    bend = 0.5 * (root - 1.0) * (support * mass - square) / tl.maximum(root, 1e-30)
-    bend = tl.where(root < 3.0, bend, 0.0)
-    return tl.where(
-        slope > 0.0, (root - 1.0) * root * slope / tl.maximum(square - tl.minimum(bend, 0.3 * square), 1e-30), 0.0
-    )
+    newton = newton_step(mass, slope, r, FORMULA)
+    if FORMULA == 0:
+        to_slope = tl.log2(mass) - tl.log2(slope)
+        to_count = (tl.log2(slope) - tl.log2(below)) / tl.maximum(r - 1.0, 1e-3)
+        bend = tl.exp2((to_slope - to_count) * 2.0 / r)
+    else:
+        bend = mass * below / tl.maximum(slope * slope, 1e-30)
+    norm = mass / tl.maximum(mass_over_norm(mass, r, FORMULA), 1e-30)
+    ahead = tl.where(norm < 3.0, 0.5 * (r - 1.0) * (bend - 1.0) * (norm - 1.0) / tl.maximum(norm, 1e-30), 0.0)
+    return tl.where(slope > 0.0, newton / (1.0 - tl.minimum(ahead, 0.3)), 0.0)
 
 
 @triton.jit

@@ -146,14 +146,15 @@ def tiles_forward_kernel(
         bound = tl.load(BOUND + at, mask=inside, other=0.0)
         tau = tl.where(seeing & (bound == bound), bound * z_scale, float("inf"))
 
-        # A step s (relative to the mean distance from tau) leaves an error of about s ** 2 / 3 after Newton's method, s ** 3 / 10
-        # after Halley's: limits by the precision of the dtype, so that hardly a block is far off. Near alpha = 2, u jumps at tau.
+        # A step s (relative to the mean distance from tau) leaves an error of |mass - 1| of about s ** 3 / 2, or s ** 2 / 10 where its
+        # bend is an estimate: limits by the precision of the dtype, so that hardly a block is far off. Near alpha = 2, u jumps at tau.
         if Q.dtype.element_ty == tl.float32:
             close, far_off = 1e-3 if FORMULA == 2 else 1e-5, 1e-5
         elif Q.dtype.element_ty == tl.float16:
-            close, far_off = 0.1 if FORMULA == 2 else 1e-2, 5e-4
+            close = 0.1 if FORMULA == 2 else tl.where(alpha < 1.6, 0.05, 1e-2)
+            far_off = 5e-4
         else:
-            close = 0.25 if FORMULA == 2 else tl.where(alpha < 1.6, 0.1, 1e-2)
+            close = 0.25 if FORMULA == 2 else tl.where(alpha < 1.6, 0.18, 1e-2)
             far_off = 4e-3
         # The bound of scores in the thousands may lie far below. Distances are taken in a unit in which even then none is above 1.
         UNIT: tl.constexpr = 1.0 if FORMULA == 0 else (2.0**12 if FORMULA == 4 else 2.0**24)
@@ -161,7 +162,7 @@ def tiles_forward_kernel(
         while steps < NEWTON_STEPS:
             p_sums = tl.zeros((BLOCK_M, 8), tl.float32)
             u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
-            support = tl.zeros((BLOCK_M, 8), tl.float32)
+            below_sums = tl.zeros((BLOCK_M, 8), tl.float32)
             tau_units = tau / UNIT
             for part in tl.static_range(3):
                 begin, end = tiles_of_part(part, first, full_first, full_last, last)
@@ -177,16 +178,19 @@ def tiles_forward_kernel(
                     p, u = entmax_weights(distance, r, FORMULA, Q.dtype.element_ty != tl.float32)
                     p_sums += partial_sums(p)
                     u_sums += partial_sums(u)
-                    if FORMULA == 2:
-                        support += partial_sums(tl.minimum(tl.maximum(distance * 2.0**100, 0.0), 1.0))  # 0 or 1
+                    if FORMULA == 4:
+                        below_sums += partial_sums(distance * distance)
+                    elif FORMULA != 1:
+                        below_sums += partial_sums(tl.minimum(tl.maximum(distance * 2.0**100, 0.0), 1.0))  # 0 or 1
             # FORMULA is r, but for the general one, which has no unit.
             mass = tl.sum(p_sums, 1) * UNIT**FORMULA
             u_sum = tl.sum(u_sums, 1)
             if FORMULA > 1:
                 u_sum *= UNIT ** (FORMULA - 1)
-            step = newton_step(mass, u_sum, r, FORMULA)
-            if FORMULA == 2:
-                step = halley_step(mass, u_sum, tl.sum(support, 1))
+            if FORMULA == 1:
+                step = newton_step(mass, u_sum, r, FORMULA)
+            else:
+                step = halley_step(mass, u_sum, tl.sum(below_sums, 1) * (UNIT**2 if FORMULA == 4 else 1.0), r, FORMULA)
             relative = tl.where(seeing & moves(tau, step), tl.abs(step) * u_sum, 0.0) / tl.where(mass > 0.0, mass, 1.0)
             tau += step
             steps = tl.where(largest(relative) > close, steps + 1, NEWTON_STEPS)
