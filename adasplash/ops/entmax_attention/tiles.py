@@ -281,15 +281,12 @@ def tiles_backward_rows_kernel(
             KEY_POSITION += (b * (heads // ratio) + group) * key_length
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         k_mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        # What the dots see of u and dS is summed by dots too: where many are rounded alike, as they can be near alpha = 2, sum dS is 0
-        # only if what is added up is what is multiplied by k.
-        ones = tl.full((BLOCK_N, 16), 1.0, K.dtype.element_ty)
-        u_sums = tl.zeros((BLOCK_M, 16), tl.float32)
-        ds_sums = tl.zeros((BLOCK_M, 16), tl.float32)
-        exact_u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
-        exact_ds_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+        u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+        ds_sums = tl.zeros((BLOCK_M, 8), tl.float32)
         w_sums = tl.zeros((BLOCK_M, 8), tl.float32)
         w_dp_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+        exact_u_sums = tl.zeros((BLOCK_M, 8), tl.float32)
+        exact_ds_sums = tl.zeros((BLOCK_M, 8), tl.float32)
         for part in tl.static_range(3):
             begin, end = tiles_of_part(part, first, full_first, full_last, last)
             for i in tl.range(0, end - begin, num_stages=STAGES):
@@ -313,10 +310,15 @@ def tiles_backward_rows_kernel(
                     exact_ds_sums += partial_sums(ds)
                 dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
                 k_mean = tl.dot(u.to(k.dtype), tl.trans(k), k_mean, input_precision=PRECISION)
-                u_sums = tl.dot(u.to(k.dtype), ones, u_sums, input_precision=PRECISION)
-                ds_sums = tl.dot(ds.to(k.dtype), ones, ds_sums, input_precision=PRECISION)
-        seen_u = tl.max(u_sums, 1)  # 16 times the same
-        delta = tl.sum(ds_sums, 1) / 16.0 / tl.where(seen_u > 0.0, seen_u, 1.0)
+                if FORMULA < 2:
+                    # Near alpha = 2, u is flat, and ds of many keys may be rounded alike for the dot: then sum dS is 0 only if
+                    # what is added up is what the dots see. It takes twice the instructions, and nearer 1.5 such errors even out.
+                    u = rounded(u, k.dtype)
+                    ds = rounded(ds, k.dtype)
+                u_sums += partial_sums(u)
+                ds_sums += partial_sums(ds)
+        seen_u = tl.sum(u_sums, 1)
+        delta = tl.sum(ds_sums, 1) / tl.where(seen_u > 0.0, seen_u, 1.0)
         dq = (dq - delta[:, None] * k_mean) * scale
         full = inside[:, None] & (d < D)[None, :]
         tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
