@@ -103,18 +103,17 @@ def store_block_range(BLOCK_RANGE, block, start, stop, key_length):
 
 @triton.jit
 def seeing_blocks(BLOCK_RANGE, BLOCKS, todo, whole_blocks, first_key, end_key):
-    """Which of `todo` query blocks see any of the keys [first_key, end_key): (lo, full_lo, full_hi, hi, full_block).
+    """Which of `todo` query blocks see any of the keys [first_key, end_key): (lo, full_lo, full_hi, hi).
 
     BLOCKS: the blocks' numbers, ascending; None: 0, 1, 2, ... The places in BLOCKS from lo to hi hold all blocks that see such a
-    key. Within them, those from full_lo to full_hi are the first run of consecutive blocks that need no mask, of which full_block
-    is the first: every row there sees all of the keys, or none of any, and rows of the latter kind must have an infinite
-    threshold. Blocks from whole_blocks on are incomplete and never in the run.
+    key. Within them, those from full_lo to full_hi are the first run of blocks that need no mask: every row there sees all of
+    the keys, or none of any, and rows of the latter kind must have an infinite threshold. Blocks from whole_blocks on are
+    incomplete and never in the run.
     """
     lo = todo
     hi = 0
     full_lo = todo
     full_hi = todo
-    ahead = 0  # of a block in the run, how many blocks before it are not listed
     for begin in range(0, todo, 128):
         index = begin + tl.arange(0, 128)
         here = index < todo
@@ -129,13 +128,11 @@ def seeing_blocks(BLOCK_RANGE, BLOCKS, todo, whole_blocks, first_key, end_key):
         lo = tl.minimum(lo, tl.min(tl.where(live, index, todo), 0))
         hi = tl.maximum(hi, tl.max(tl.where(live, index + 1, 0), 0))
         full_lo = tl.minimum(full_lo, tl.min(tl.where(live & full, index, todo), 0))
-        ahead = tl.maximum(ahead, tl.max(tl.where(index == full_lo, block - index, 0), 0))
-        run_ends = (full == 0) | (block - index != ahead)
-        full_hi = tl.minimum(full_hi, tl.min(tl.where((index > full_lo) & run_ends, index, todo), 0))
+        full_hi = tl.minimum(full_hi, tl.min(tl.where((index > full_lo) & (full == 0), index, todo), 0))
     lo = tl.minimum(lo, hi)
     full_lo = tl.minimum(full_lo, hi)
     full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
-    return lo, full_lo, full_hi, hi, full_lo + ahead
+    return lo, full_lo, full_hi, hi
 
 
 @triton.jit
@@ -226,11 +223,12 @@ def entmax_weights(distance, r, FORMULA: tl.constexpr, ROUGH: tl.constexpr = Fal
 
 @triton.jit
 def alpha_weights(p, distance, ROUGH: tl.constexpr = False):
-    """w / r ** 2, of which sum w (dP - delta) is a row's share of the gradient for alpha: w = r ** 2 p - r p log p, and p = d ** r.
+    """w / (128 r ** 2), of which sum w (dP - delta) is a row's share of the gradient for alpha: w = r ** 2 p - r p log p, and p = d ** r.
 
-    Correia, Niculae and Martins 2019, Prop. 1.
+    Correia, Niculae and Martins 2019, Prop. 1. The limits, which spare a look at d = 0, come with the product.
     """
-    return p * (1.0 - 0.6931471805599453 * tl.maximum(log2(distance, ROUGH), -150.0))
+    share = 2.0**-7 - (2.0**-7 * 0.6931471805599453) * log2(distance, ROUGH)
+    return p * tl.minimum(tl.maximum(share, 0.0), 1.0)
 
 
 @triton.jit

@@ -259,4 +259,4 @@ def rows_backward_kernel(
             tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
             tl.store(DELTA + at, delta + near, mask=inside)
             if ALPHA_GRADIENT:
-                tl.store(D_ALPHA + at, (w_dp - delta * w_sum) * r * r, mask=inside)
+                tl.store(D_ALPHA + at, (w_dp - delta * w_sum) * (128.0 * r * r), mask=inside)

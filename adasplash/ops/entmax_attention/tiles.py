@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..jit import (
+    IN_PYTHON,
     SIZES,
     alpha_weights,
     entmax_weights,
@@ -326,7 +327,23 @@ def tiles_backward_rows_kernel(
         if ALPHA_GRADIENT:
             # Near alpha = 1, where r is large, the gradient asks for more digits of delta than the rounded sums have.
             delta = tl.sum(exact_ds_sums, 1) / tl.where(seen_u > 0.0, tl.sum(exact_u_sums, 1), 1.0)
-            tl.store(D_ALPHA + at, (tl.sum(w_dp_sums, 1) - delta * tl.sum(w_sums, 1)) * r * r, mask=inside)
+            tl.store(D_ALPHA + at, (tl.sum(w_dp_sums, 1) - delta * tl.sum(w_sums, 1)) * (128.0 * r * r), mask=inside)
+
+
+@triton.jit
+def listed_part(BLOCKS, blocks, first, step, before, gap, PARTS: tl.constexpr):
+    """Which part of the query rows is due in a step over BLOCKS (blocks,), each of PARTS parts: from the place `first` on, with a gap
+    after `before` steps.
+
+    Loaded by hand: a load that others wait for would cost them half of the stages in the compiler's pipeline.
+    """
+    place = tl.minimum(first + step + tl.where(step >= before, gap, 0), blocks * PARTS - 1)
+    pointer = BLOCKS + place // PARTS
+    if IN_PYTHON:
+        block = tl.load(pointer)
+    else:
+        block = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=True, pack=1)
+    return block * PARTS + place % PARTS
 
 
 @triton.jit(do_not_specialize=sizes_without("query_length", "range_b", "range_h"))
@@ -393,21 +410,23 @@ def tiles_backward_columns_kernel(
             if HAS_ALIBI:
                 slope = tl.load(SLOPES + bh) / scale
             in_tiles = tl.load(BLOCK_COUNT + bh)
-            listed = BLOCKS + bh * blocks + (in_tiles if OF_SINKS else 0)
+            listed = in_tiles if OF_SINKS else 0  # the place in BLOCKS where they begin
             todo = blocks - in_tiles if OF_SINKS else in_tiles
-            lo, full_lo, full_hi, hi, full_block = seeing_blocks(
-                BLOCK_RANGE + bh * blocks * 4, listed, todo, query_length // QUERY_BLOCK, first_key, end_key
+            lo, full_lo, full_hi, hi = seeing_blocks(
+                BLOCK_RANGE + bh * blocks * 4, BLOCKS + bh * blocks + listed, todo, query_length // QUERY_BLOCK, first_key, end_key
             )
             q_at = Q + b * q_b + h * q_h + m[:, None].to(tl.int64) * q_t + d[None, :]
             o_at = D_OUT + b * o_b + h * o_h + m[:, None].to(tl.int64) * o_t + d[None, :]
-            left = (full_lo - lo) * PARTS
+            run = (full_hi - full_lo) * PARTS
+            before = (full_lo - lo) * PARTS
+            head_blocks = BLOCKS + bh * blocks
             for edges in tl.static_range(2):  # the run of blocks that see all the keys, then those before and after it
-                count = left + (hi - full_hi) * PARTS if edges else (full_hi - full_lo) * PARTS
-                for step in tl.range(count * share // shares, count * (share + 1) // shares, num_stages=STAGES):
-                    part = full_block * PARTS + step
-                    if edges:
-                        part = tl.where(step < left, lo * PARTS + step, full_hi * PARTS + step - left)
-                        part = tl.load(listed + part // PARTS) * PARTS + part % PARTS
+                count = before + (hi - full_hi) * PARTS if edges else run
+                begin, end = count * share // shares, count * (share + 1) // shares
+                first = (listed + (lo if edges else full_lo)) * PARTS
+                gap = run if edges else 0
+                part = listed_part(head_blocks, blocks, first, begin, before, gap, PARTS)
+                for step in tl.range(begin, end, num_stages=STAGES):
                     row = part * BLOCK_M + m
                     inside = row < query_length if edges else None
                     shift = (part * BLOCK_M).to(tl.int64)
@@ -433,6 +452,8 @@ def tiles_backward_columns_kernel(
                     dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
                     ds = u * (dp - delta[None, :])
                     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                    # A step ahead: the loads of q and dO, which are started early, need it.
+                    part = listed_part(head_blocks, blocks, first, step + 1, before, gap, PARTS)
         last = True
         if OF_SINKS:
             if shares > 1:

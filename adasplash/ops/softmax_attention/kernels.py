@@ -216,7 +216,7 @@ def softmax_backward_columns_kernel(
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(SLOPES + bh) / scale
-        lo, full_lo, full_hi, hi, _ = seeing_blocks(
+        lo, full_lo, full_hi, hi = seeing_blocks(
             BLOCK_RANGE + bh * blocks * 4, None, blocks, query_length // QUERY_BLOCK, first_key, end_key
         )
         q_at = Q + b * q_b + h * q_h + m[:, None].to(tl.int64) * q_t + d[None, :]
