@@ -139,7 +139,7 @@ def key_ranges(length):
 def listed_keys(found, key_length, block_rows) -> Tensor:
     """Which keys stand on the lists, bool (B * H, Tq, Tk), of rows of any length."""
     heads, blocks = found.in_tiles.shape
-    keys, first, count = found.keys, found.first.flatten(0, 1), found.count.flatten(0, 1)
+    keys, first, count = found.keys.int(), found.first.flatten(0, 1), found.count.flatten(0, 1)
     row = torch.arange(count.shape[1], device=count.device)
     slab = torch.arange(heads, device=count.device)[:, None] * blocks + row // block_rows
     begin = (slab * (keys.numel() // (heads * blocks)) + first).flatten()
@@ -147,5 +147,5 @@ def listed_keys(found, key_length, block_rows) -> Tensor:
     at = torch.arange(int(length.sum()), device=count.device)
     at += torch.repeat_interleave(begin - (length.cumsum(0) - length), length)
     listed = torch.zeros(count.numel(), key_length, dtype=torch.bool, device=count.device)
-    listed[torch.repeat_interleave(torch.arange(count.numel(), device=count.device), length), keys[at].long()] = True
+    listed[torch.repeat_interleave(torch.arange(count.numel(), device=count.device), length), keys[at]] = True
     return listed.view(heads, -1, key_length)

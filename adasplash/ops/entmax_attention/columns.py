@@ -65,7 +65,8 @@ def transpose_kernel(
             entry = bh % ratio * query_length + row
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
-                key = column + tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0)
+                key = tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0)
+                key = column + key.to(tl.int64)
                 live = live & (tl.load(CURSOR + 2 * key + 1, mask=live, other=0) <= longest)
                 to = tl.atomic_add(CURSOR + 2 * key, 1, mask=live, sem="relaxed")
                 tl.store(QUERIES + to, tl.broadcast_to(entry[:, None], (ROWS, PAIRS)), mask=live)
@@ -76,7 +77,7 @@ def sort_columns(QUERIES, begin, length, WIDTH: tl.constexpr):
     """Sorts columns of at most WIDTH entries in place."""
     e = tl.arange(0, WIDTH)[None, :]
     live = e < length[:, None]
-    entry = tl.load(QUERIES + begin[:, None] + e, mask=live, other=2147483647)
+    entry = tl.where(live, tl.load(QUERIES + begin[:, None] + e, mask=live, other=0).to(tl.int32), 2147483647)
     tl.store(QUERIES + begin[:, None] + e, tl.sort(entry, 1), mask=live)
 
 
@@ -136,7 +137,7 @@ def columns_backward_kernel(
         dv = tl.zeros((ROWS, BLOCK_D), tl.float32)
         for begin in range(0, most, PAIRS):
             live = (begin + c)[None, :] < length[:, None]
-            entry = tl.load(QUERIES + begin_at[:, None] + (begin + c)[None, :], mask=live, other=0)
+            entry = tl.load(QUERIES + begin_at[:, None] + (begin + c)[None, :], mask=live, other=0).to(tl.int32)
             if ratio == 1:  # then Triton knows it
                 local = tl.zeros_like(entry)
                 row = entry

@@ -1,7 +1,8 @@
 """Entmax attention on support lists, row by row: threshold and output, dq and delta; columns.py has what goes by columns.
 
 A pair costs one gathered row of k or v (or q and dO) and D multiply-adds; nothing is computed for keys off the lists.
-Rows of a block: KEYS[slab of the block + FIRST[row] : ... + COUNT[row]]; blocks in tile mode have COUNT 0 and are skipped.
+Rows of a block: KEYS[slab of the block + FIRST[row] : ... + COUNT[row]]; blocks in tile mode have COUNT 0 and are skipped. Lists are
+of uint16 where that is enough.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def rows_forward_kernel(
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
                 place = first[:, None] + (begin + c)[None, :]
-                key = tl.load(KEYS + place, mask=live, other=0)
+                key = tl.load(KEYS + place, mask=live, other=0).to(tl.int32)
                 k = gather(K, key, live, k_t, d, D, BLOCK_D)
                 key_position = key
                 if HAS_ALIBI:
@@ -169,7 +170,7 @@ def rows_forward_kernel(
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
                 place = first[:, None] + (begin + c)[None, :]
-                key = tl.load(KEYS + place, mask=live, other=0)
+                key = tl.load(KEYS + place, mask=live, other=0).to(tl.int32)
                 z = tl.load(Z + place, mask=live, other=float("-inf"))
                 p, _ = entmax_weights(z - tau[:, None], r, FORMULA)
                 v = gather(V, key, live, v_t, d, D, BLOCK_D)
@@ -234,7 +235,7 @@ def rows_backward_kernel(
             w_dp = tl.zeros((ROWS,), tl.float32)
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
-                key = tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0)
+                key = tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0).to(tl.int32)
                 k = gather(K, key, live, k_t, d, D, BLOCK_D)
                 v = gather(V, key, live, v_t, d, D, BLOCK_D)
                 key_position = key

@@ -88,11 +88,16 @@ class Forward(NamedTuple):
 
     out: Tensor  # as q
     tau: Tensor  # (B, H, Tq) float32; infinite for a query without keys
-    keys: Tensor  # int32, a slab for each block of queries
+    keys: Tensor  # a slab for each block of queries, of `_index_dtype`
     first: Tensor  # (B, H, Tq) int32, where the support of a query begins in the slab of its block
     count: Tensor  # (B, H, Tq) int32, how many keys it has; 0 in tile mode
     in_tiles: Tensor  # (B * H, blocks) int32, whether a block is computed in tile mode
     block_range: Tensor  # (B * H, blocks, 4) int32, which keys a block sees (see `store_block_range`)
+
+
+def _index_dtype(entries: int) -> torch.dtype:
+    """Of lists of numbers below `entries`: most of what forward keeps for backward, so in two bytes where that is enough."""
+    return torch.uint16 if entries <= 2**16 else torch.int32
 
 
 def _empty_outputs(q: Tensor, k: Tensor, keys_per_query: int) -> Forward:
@@ -101,7 +106,9 @@ def _empty_outputs(q: Tensor, k: Tensor, keys_per_query: int) -> Forward:
     return Forward(
         out=torch.empty_like(q),
         tau=q.new_empty(rows, dtype=torch.float32),
-        keys=q.new_empty(batch * heads * blocks * tiles["collect"].block_m * keys_per_query, dtype=torch.int32),
+        keys=q.new_empty(
+            batch * heads * blocks * tiles["collect"].block_m * keys_per_query, dtype=_index_dtype(k.shape[2])
+        ),
         first=q.new_empty(rows, dtype=torch.int32),
         count=q.new_empty(rows, dtype=torch.int32),
         in_tiles=q.new_empty((batch * heads, blocks), dtype=torch.int32),
@@ -253,7 +260,7 @@ def entmax_attention_backward(
     region = ratio * blocks * capacity  # entries of one (batch, key head)
     sinks_at_most = max(1, min(key_length, region // LONGEST_COLUMN))
     cursor = q.new_empty((batch * groups, key_length, 2), dtype=torch.int64)
-    queries = torch.empty_like(keys)
+    queries = torch.empty_like(keys, dtype=_index_dtype(ratio * query_length))
     sinks = q.new_empty((batch * groups, sinks_at_most), dtype=torch.int32)
     sink_count = q.new_empty(batch * groups, dtype=torch.int32)
     lay_out_columns_kernel[(batch * groups,)](

@@ -155,7 +155,7 @@ def tiles_forward_kernel(
             close = 0.1 if FORMULA == 2 else tl.where(alpha < 1.6, 0.05, 1e-2)
             far_off = 5e-4
         else:
-            close = 0.25 if FORMULA == 2 else tl.where(alpha < 1.6, 0.18, 1e-2)
+            close = tl.where(alpha < 1.6, 0.25, 0.05)
             far_off = 4e-3
         # The bound of scores in the thousands may lie far below. Distances are taken in a unit in which even then none is above 1.
         UNIT: tl.constexpr = 1.0 if FORMULA == 0 else (2.0**12 if FORMULA == 4 else 2.0**24)
