@@ -88,6 +88,12 @@ def load_per_row(pointers, inside, outside):
 
 
 @triton.jit
+def room_for_keys(capacity, few_keys, scores_per_key, rows, visible):
+    """How many keys the lists of a block may hold that sees so many; more are faster in tile mode, though the slab has room."""
+    return tl.minimum(capacity, rows * (few_keys + visible // scores_per_key))
+
+
+@triton.jit
 def store_block_range(BLOCK_RANGE, block, start, stop, key_length):
     """BLOCK_RANGE[block] of 4 int32: first key and end of what some row of the block sees, then of what all of them see.
 

@@ -220,7 +220,8 @@ def test_outputs_are_written_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("alpha", [1.5, 1.25])
-def test_lists_hold_exactly_the_support(alpha):
+def test_lists_hold_exactly_the_support(alpha, monkeypatch):
+    take("lists", monkeypatch)
     q, k, v, _ = inputs(1, 2, 1, 70, 70, 16)
     visible = resolve_key_range(q, k, None, True)
     alphas = torch.full((2,), alpha, device=DEVICE)
@@ -233,6 +234,17 @@ def test_lists_hold_exactly_the_support(alpha):
     listed = listed_keys(found, 70, block_rows).cpu()
     assert listed[p > 1e-9].all()
     assert ((listed & (p == 0)).sum(-1) <= 1).all()  # a key on the edge may round to either side
+
+
+def test_blocks_that_are_faster_in_tile_mode_take_it(monkeypatch):
+    """The slabs have room for all keys, but lists for many of them are worth it among very many only."""
+    q, k, v, _ = inputs(1, 1, 1, 70, 300, 16, sharpness=0.1)
+    visible = resolve_key_range(q, k, None, False)
+    arguments = operator.operator_arguments(q, k, v, visible, alpha=1.25, scale=0.25)
+    monkeypatch.setattr(operator, "FEW_KEYS", 0)
+    for scores_per_key, in_tiles in ((1, False), (100, True)):
+        monkeypatch.setattr(operator, "SCORES_PER_KEY", scores_per_key)
+        assert (forward(*arguments[:-1], 300).in_tiles == in_tiles).all()
 
 
 @pytest.mark.parametrize("alpha", [1.5, "learned"])

@@ -23,6 +23,7 @@ from ..jit import (
     newton_step,
     popcount,
     program_head,
+    room_for_keys,
     score_tile,
     store_block_range,
     visible_tiles,
@@ -171,7 +172,7 @@ def collect_kernel(
     Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION,
     WORK, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h,
-    batch_heads, heads, ratio, query_length, key_length, blocks, entries, capacity,
+    batch_heads, heads, ratio, query_length, key_length, blocks, entries, capacity, few_keys, scores_per_key,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -297,7 +298,8 @@ def collect_kernel(
             words = tl.load(words_of_entries(record, e, BLOCK_M), mask=live[:, :, None], other=0)
             count += tl.sum(tl.sum(popcount(words), 2), 1)
         first = tl.cumsum(count, 0) - count
-        fits = (tl.sum(count, 0) <= capacity) & (lost <= 0)
+        room = room_for_keys(capacity, few_keys, scores_per_key, BLOCK_M, (last_tile - first_tile) * BLOCK_N)
+        fits = (tl.sum(count, 0) <= room) & (lost <= 0)
         slab = (bh.to(tl.int64) * blocks + block) * capacity
         at = bh.to(tl.int64) * query_length + row
         tl.store(IN_TILES + bh * blocks + block, tl.where(fits, 0, 1))

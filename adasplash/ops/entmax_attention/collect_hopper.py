@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..jit import SIZES, store_block_range, visible_tiles
+from ..jit import SIZES, room_for_keys, store_block_range, visible_tiles
 from ..tile_table import Tiles, block_dim
 from .collect import SLACK
 from .entries_hopper import (
@@ -121,13 +121,13 @@ def start_first_copies(K, k_tiles, ready, turn, b, group, left, edges, tiles, fi
 
 
 @gluon.jit
-def may_fit(kept, tiles, rows, capacity):
+def may_fit(kept, tiles, rows, room):
     """Whether the keys above the final bound are likely to fit, if `kept` of the rows' tiles have one or more of them.
 
     Keys that fall into tiles at random miss a share 1 - kept / tiles of them when there are -log(1 - kept / tiles) a tile.
     """
     share = kept / (rows * gl.maximum(tiles, 1)).to(gl.float32)
-    return -gl.log(gl.maximum(1.0 - share, 1e-3)) * (rows * tiles) <= capacity
+    return -gl.log(gl.maximum(1.0 - share, 1e-3)) * (rows * tiles) <= room
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -135,7 +135,7 @@ def collect_hopper_kernel(
     Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION,
     WORK, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h,
-    batch_heads, heads, ratio, query_length, key_length, blocks, entries, capacity,
+    batch_heads, heads, ratio, query_length, key_length, blocks, entries, capacity, few_keys, scores_per_key,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     FORMULA: gl.constexpr, HAS_ALIBI: gl.constexpr, PRECISION: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
@@ -229,6 +229,7 @@ def collect_hopper_kernel(
         fits = False
         looking = True
         raise_from = 0  # the tiles of earlier turns have raised the bound already: a mass must not count twice
+        room = room_for_keys(capacity, few_keys, scores_per_key, BLOCK_M, tiles * BLOCK_N)
         trial = edges + gl.minimum(gl.maximum(tiles // 8, 8), 64)
         barrier()
         while looking:
@@ -291,8 +292,8 @@ def collect_hopper_kernel(
                     slope = gl.convert_layout(slope, ROW)
                     found = gl.convert_layout(found, ROW)
                     if trying:
-                        restart = gl.sum(keys, 0) > capacity
-                        tops_only = restart & (not may_fit(gl.sum(found, 0), end, BLOCK_M, capacity // 2))
+                        restart = gl.sum(keys, 0) > room
+                        tops_only = restart & (not may_fit(gl.sum(found, 0), end, BLOCK_M, room // 2))
                         more = not restart
                     else:
                         stretch *= 2
@@ -304,15 +305,15 @@ def collect_hopper_kernel(
                     taken += 1
             turn += taken
             total = gl.sum(keys, 0)
-            fits = (total <= capacity) & (lost <= 0) & (not restart)
+            fits = (total <= room) & (lost <= 0) & (not restart)
             # What does not fit may do so in a second look, where the bits are formed against the final bound from the start.
-            again = (raise_from < tiles) & (total > capacity) & may_fit(gl.sum(found, 0), tiles, BLOCK_M, capacity)
+            again = (raise_from < tiles) & (total > room) & may_fit(gl.sum(found, 0), tiles, BLOCK_M, room)
             raise_from = gl.where(restart, begin, tiles)
             looking = (restart & (not tops_only)) | again
             if tops_only:  # of the tiles without a mask: the others have raised the bound already
                 end = unknown(full_last)
                 whole = end - full_first
-                room = unknown(entries) * 8 // TOPS_OF_TILE
+                places = unknown(entries) * 8 // TOPS_OF_TILE
                 start_first_copies(K, k_tiles, ready, turn, b, group, 0, 0, whole, full_first, end)
                 dot = start_dot(q_tile, k_tiles, ready, turn, True, MMA)
                 for j in range(0, whole):
@@ -324,12 +325,12 @@ def collect_hopper_kernel(
                     pairs = pair_up(raw)
                     dot = start_dot(q_tile, k_tiles, ready, turn + j + 1, j + 1 < whole, MMA)
                     start_copy(K, k_tiles, ready, turn + j + STAGES, b, group, tile - STAGES, j + STAGES < whole)
-                    note_tops(pairs, j, room, RECORDS)
+                    note_tops(pairs, j, places, RECORDS)
                 warpgroup_mma_wait(0, deps=(dot,))  # the last one is of nothing
                 turn += whole
-                places = gl.minimum(whole, room)
+                places = gl.minimum(whole, places)
                 bound, above = settle_tops(RECORDS, bound, places, z_scale, r, FORMULA, QUARTER)
-                looking = may_fit(above, places * TOPS_OF_TILE, BLOCK_M, capacity)
+                looking = may_fit(above, places * TOPS_OF_TILE, BLOCK_M, room)
                 raise_from = tiles
             if looking:
                 start_first_copies(K, k_tiles, ready, turn, b, group, left, edges, tiles, first_tile, full_last)

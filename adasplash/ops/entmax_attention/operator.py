@@ -28,7 +28,10 @@ from .lists import rows_backward_kernel, rows_forward_kernel
 from .tiles import list_blocks_kernel, tiles_backward_columns_kernel, tiles_backward_rows_kernel, tiles_forward_kernel
 
 # Slots of a block's slab per query: blocks whose queries need more on average are computed in tile mode.
-KEYS_PER_QUERY = 64
+KEYS_PER_QUERY = 96
+# Those whose queries need more than FEW_KEYS are, too, where a key on lists for every SCORES_PER_KEY of tile mode is exceeded.
+FEW_KEYS = 16
+SCORES_PER_KEY = 128
 # Tiles that a row may mark while it is scanned; rows that mark more go to tile mode. A power of two, for `note_tops`.
 ENTRIES = 128
 assert ENTRIES & (ENTRIES - 1) == 0
@@ -180,7 +183,7 @@ def entmax_attention_forward(
         q, keys_in, key_norm, start, stop, alpha, *positions,
         work, records, keys, first, count, bound, in_tiles, block_range,
         scale, *q.stride()[:3], *k.stride()[:3], *ranges,
-        batch * heads, heads, ratio, query_length, key_length, blocks, ENTRIES, capacity,
+        batch * heads, heads, ratio, query_length, key_length, blocks, ENTRIES, capacity, FEW_KEYS, SCORES_PER_KEY,
         **common, **tile_constants(q.dtype, shape),
     )  # fmt: skip
     del records

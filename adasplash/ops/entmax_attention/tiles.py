@@ -400,6 +400,7 @@ def tiles_backward_columns_kernel(
         PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        touched = 1 if OF_SINKS else 0  # else how many blocks see keys of this tile
         for local in range(0, ratio):
             bh = (bg * ratio + local).to(tl.int64)
             h = group * ratio + local
@@ -417,6 +418,7 @@ def tiles_backward_columns_kernel(
             )
             q_at = Q + b * q_b + h * q_h + m[:, None].to(tl.int64) * q_t + d[None, :]
             o_at = D_OUT + b * o_b + h * o_h + m[:, None].to(tl.int64) * o_t + d[None, :]
+            touched += hi - lo
             run = (full_hi - full_lo) * PARTS
             before = (full_lo - lo) * PARTS
             head_blocks = BLOCKS + bh * blocks
@@ -454,7 +456,7 @@ def tiles_backward_columns_kernel(
                     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
                     # A step ahead: the loads of q and dO, which are started early, need it.
                     part = listed_part(head_blocks, blocks, first, step + 1, before, gap, PARTS)
-        last = True
+        adds = touched > 0
         if OF_SINKS:
             if shares > 1:
                 n = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + d[None, :]
@@ -463,15 +465,15 @@ def tiles_backward_columns_kernel(
                 tl.store(PARTIAL + own, dk)
                 tl.store(PARTIAL + own + BLOCK_N * BLOCK_D, dv)
                 tl.debug_barrier()
-                last = tl.atomic_add(ARRIVED + bg * slots + tile, 1) == shares - 1
-                if last:
+                adds = tl.atomic_add(ARRIVED + bg * slots + tile, 1) == shares - 1
+                if adds:
                     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
                     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
                     for other in range(0, shares):
                         at = first_slot + other * (2 * BLOCK_N * BLOCK_D) + n
                         dk += tl.load(PARTIAL + at, cache_modifier=".cg")
                         dv += tl.load(PARTIAL + at + BLOCK_N * BLOCK_D, cache_modifier=".cg")
-        if last:
+        if adds:
             full = present[:, None] & in_dim
             dk_at = DK + b * dk_b + group * dk_h + wide_key * dk_t + d[None, :]
             dv_at = DV + b * dv_b + group * dv_h + wide_key * dv_t + d[None, :]
