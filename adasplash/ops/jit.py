@@ -253,7 +253,7 @@ def mass_over_norm(mass, r, FORMULA: tl.constexpr):
     if FORMULA == 2:
         return tl.sqrt(mass)
     elif FORMULA == 1:
-        return tl.full(mass.shape, 1.0, tl.float32)
+        return 1.0
     elif FORMULA == 4:
         return tl.sqrt(mass) * tl.sqrt(tl.sqrt(mass))
     else:
