@@ -168,7 +168,9 @@ def max_or_nan(x, axis: tl.constexpr):
 def log2(x, ROUGH: tl.constexpr):
     """log2 of x >= 0, below -120 for 0; ROUGH: in one instruction, which errs by up to 2^-22 near 1, where tl.log2 takes a dozen."""
     if ROUGH and not IN_PYTHON:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.log2(tl.maximum(x, 1e-37))
 

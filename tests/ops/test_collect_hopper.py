@@ -37,7 +37,9 @@ print("wgmma" in compiled.asm["ptx"], flush=True)
 """
 
 
-@pytest.mark.parametrize("dim, block_n, formula, alibi", [(64, 128, 2, 0), (64, 128, 1, 0), (64, 128, 4, 0), (80, 64, 0, 1)])
+@pytest.mark.parametrize(
+    "dim, block_n, formula, alibi", [(64, 128, 2, 0), (64, 128, 1, 0), (64, 128, 4, 0), (80, 64, 0, 1)]
+)
 def test_compiles_without_a_gpu(dim, block_n, formula, alibi, tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     arguments = map(str, (dim, block_n, formula, alibi))

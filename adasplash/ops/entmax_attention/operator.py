@@ -29,7 +29,8 @@ from .tiles import list_blocks_kernel, tiles_backward_columns_kernel, tiles_back
 
 # Slots of a block's slab per query: blocks whose queries need more on average are computed in tile mode.
 KEYS_PER_QUERY = 96
-# Those whose queries need more than FEW_KEYS are, too, where a key on lists for every SCORES_PER_KEY of tile mode is exceeded.
+# And so are those that see n keys and need more than FEW_KEYS + n / SCORES_PER_KEY: a key on lists costs as much as about so many
+# scores in tile mode.
 FEW_KEYS = 16
 SCORES_PER_KEY = 128
 # Tiles that a row may mark while it is scanned; rows that mark more go to tile mode. A power of two, for `note_tops`.

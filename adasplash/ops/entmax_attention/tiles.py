@@ -113,6 +113,7 @@ def tiles_forward_kernel(
     far above many near-equal ones, which a step drops in large numbers, the pass is made again. tau takes one more step from it.
     """
     bh = program_head()
+    ROUGH: tl.constexpr = Q.dtype.element_ty != tl.float32
     PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
     tl.static_assert(QUERY_BLOCK % BLOCK_M == 0, "a block is computed in equal parts")
     # The last blocks first: under causal attention they have most to do.
@@ -176,7 +177,7 @@ def tiles_forward_kernel(
                         q, k, column, start, stop, tau_units, z_scale / UNIT, slope, query_position, KEY_POSITION, key_length,
                         part != 1, FORMULA, HAS_ALIBI, PRECISION,
                     )  # fmt: skip
-                    p, u = entmax_weights(distance, r, FORMULA, Q.dtype.element_ty != tl.float32)
+                    p, u = entmax_weights(distance, r, FORMULA, ROUGH)
                     p_sums += partial_sums(p)
                     u_sums += partial_sums(u)
                     if FORMULA == 4:
@@ -216,7 +217,7 @@ def tiles_forward_kernel(
                         q, k, column, start, stop, tau, z_scale, slope, query_position, KEY_POSITION, key_length,
                         part != 1, FORMULA, HAS_ALIBI, PRECISION,
                     )  # fmt: skip
-                    p, u = entmax_weights(distance, r, FORMULA, Q.dtype.element_ty != tl.float32)
+                    p, u = entmax_weights(distance, r, FORMULA, ROUGH)
                     p_sums += partial_sums(p)
                     u_sums += partial_sums(u)
                     out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
@@ -245,6 +246,7 @@ def tiles_backward_rows_kernel(
 ):  # fmt: skip
     """dq, delta and the rows' shares of the gradient for alpha."""
     bh = program_head()
+    ROUGH: tl.constexpr = Q.dtype.element_ty != tl.float32
     PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
     tl.static_assert(QUERY_BLOCK % BLOCK_M == 0, "a block is computed in equal parts")
     # The last blocks first: under causal attention they have most to do.
@@ -300,11 +302,11 @@ def tiles_backward_rows_kernel(
                     q, k, column, start, stop, tau, z_scale, slope, query_position, KEY_POSITION, key_length,
                     part != 1, FORMULA, HAS_ALIBI, PRECISION,
                 )  # fmt: skip
-                p, u = entmax_weights(distance, r, FORMULA, Q.dtype.element_ty != tl.float32)
+                p, u = entmax_weights(distance, r, FORMULA, ROUGH)
                 dp = tl.dot(d_out, v, input_precision=PRECISION) - near[:, None]
                 ds = u * dp
                 if ALPHA_GRADIENT:
-                    w = alpha_weights(p, distance, Q.dtype.element_ty != tl.float32)
+                    w = alpha_weights(p, distance, ROUGH)
                     w_sums += partial_sums(w)
                     w_dp_sums += partial_sums(w * dp)
                     exact_u_sums += partial_sums(u)
@@ -342,7 +344,9 @@ def listed_part(BLOCKS, blocks, first, step, before, gap, PARTS: tl.constexpr):
     if IN_PYTHON:
         block = tl.load(pointer)
     else:
-        block = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=True, pack=1)
+        block = tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=True, pack=1
+        )
     return block * PARTS + place % PARTS
 
 
@@ -397,6 +401,7 @@ def tiles_backward_columns_kernel(
         if HAS_ALIBI:
             key_at = (b * groups + group) * key_length + key
             key_position = tl.load(KEY_POSITION + key_at, mask=present, other=0)
+        ROUGH: tl.constexpr = Q.dtype.element_ty != tl.float32
         PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -411,17 +416,22 @@ def tiles_backward_columns_kernel(
             if HAS_ALIBI:
                 slope = tl.load(SLOPES + bh) / scale
             in_tiles = tl.load(BLOCK_COUNT + bh)
-            listed = in_tiles if OF_SINKS else 0  # the place in BLOCKS where they begin
+            head_blocks = BLOCKS + bh * blocks
+            listed = in_tiles if OF_SINKS else 0  # the place in them where those to look at begin
             todo = blocks - in_tiles if OF_SINKS else in_tiles
             lo, full_lo, full_hi, hi = seeing_blocks(
-                BLOCK_RANGE + bh * blocks * 4, BLOCKS + bh * blocks + listed, todo, query_length // QUERY_BLOCK, first_key, end_key
+                BLOCK_RANGE + bh * blocks * 4,
+                head_blocks + listed,
+                todo,
+                query_length // QUERY_BLOCK,
+                first_key,
+                end_key,
             )
             q_at = Q + b * q_b + h * q_h + m[:, None].to(tl.int64) * q_t + d[None, :]
             o_at = D_OUT + b * o_b + h * o_h + m[:, None].to(tl.int64) * o_t + d[None, :]
             touched += hi - lo
             run = (full_hi - full_lo) * PARTS
             before = (full_lo - lo) * PARTS
-            head_blocks = BLOCKS + bh * blocks
             for edges in tl.static_range(2):  # the run of blocks that see all the keys, then those before and after it
                 count = before + (hi - full_hi) * PARTS if edges else run
                 begin, end = count * share // shares, count * (share + 1) // shares
@@ -449,7 +459,7 @@ def tiles_backward_columns_kernel(
                         stop = tl.load(STOP + range_at, mask=inside, other=0)
                         visible = (key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :])
                         distance = tl.where(visible, distance, 0.0)
-                    p, u = entmax_weights(distance, r, FORMULA, Q.dtype.element_ty != tl.float32)
+                    p, u = entmax_weights(distance, r, FORMULA, ROUGH)
                     dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
                     dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
                     ds = u * (dp - delta[None, :])
