@@ -116,12 +116,13 @@ def test_an_output_far_from_the_mean_that_gradients_need(alpha, length, gap, val
 @pytest.mark.parametrize("slope", [None, 0.125])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("road", ["lists", "tiles"])
-def test_what_is_not_finite_shows(road, dtype, slope, monkeypatch):
+@pytest.mark.parametrize("alpha", [1.5, 1.4])
+def test_what_is_not_finite_shows(road, dtype, slope, alpha, monkeypatch):
     """NaN in a query or a key comes out as NaN wherever it is seen, and nowhere else: training has to notice it."""
     take(road, monkeypatch)
     q, k, v, _ = inputs(1, 2, 2, 70, 70, 16, dtype)
     visible = resolve_key_range(q, k, KeyRange.window(70, 30, device=DEVICE), True)
-    how = {"alpha": 1.5, "scale": 0.25}
+    how = {"alpha": alpha, "scale": 0.25}
     if slope:
         query_positions, key_positions = text_positions(q, k)
         slopes = torch.full((2,), slope, device=DEVICE)
@@ -139,7 +140,8 @@ def test_what_is_not_finite_shows(road, dtype, slope, monkeypatch):
 
 
 @pytest.mark.parametrize("road", ["lists", "tiles", "sinks"])
-def test_gradients_of_rows_that_are_not_finite(road, monkeypatch):
+@pytest.mark.parametrize("alpha", [1.5, torch.tensor([1.4])])
+def test_gradients_of_rows_that_are_not_finite(road, alpha, monkeypatch):
     """They are NaN or nothing, but not numbers that look right."""
     take(road, monkeypatch)
     q, k, v, d_out = inputs(1, 1, 1, 70, 70, 16)
@@ -147,7 +149,8 @@ def test_gradients_of_rows_that_are_not_finite(road, monkeypatch):
     k[0, 0, 20] = torch.nan
     d_out[:, :, :20] = 0.0  # all others see that key
     attend = lambda q, k, v, alpha: operator.entmax_attention_kernels(q, k, v, visible, alpha=alpha, scale=0.25)
-    for gradient in gradients(attend, q, k, v, d_out, 1.5)[1:]:
+    alpha = alpha.to(DEVICE) if isinstance(alpha, torch.Tensor) else alpha
+    for gradient in gradients(attend, q, k, v, d_out, alpha)[1:]:
         assert (gradient.isnan() | (gradient == 0)).all()
 
 
@@ -236,6 +239,36 @@ def test_lists_hold_exactly_the_support(alpha, monkeypatch):
     assert ((listed & (p == 0)).sum(-1) <= 1).all()  # a key on the edge may round to either side
 
 
+def test_blocks_in_tile_mode_apart_from_each_other(monkeypatch):
+    """dk and dv walk an edge, whole blocks that are not neighbours, and an incomplete one, between others on lists."""
+    monkeypatch.setattr(operator, "KEYS_PER_QUERY", 16)
+    block_rows = entmax_tiles(16, torch.float32, torch.device(DEVICE))["collect"].block_m
+    length = 4 * block_rows + 34
+    q, k, v, d_out = inputs(1, 2, 1, length, length, 16)
+    sharpness = torch.tensor([0.1, 0.1, 20.0, 0.1, 0.1], device=DEVICE)
+    q *= sharpness.repeat_interleave(block_rows)[:length, None]
+    list_blocks = operator._list_blocks
+
+    def checked(in_tiles):
+        assert in_tiles.tolist() == [[1, 1, 0, 1, 1]] * 2
+        return list_blocks(in_tiles)
+
+    monkeypatch.setattr(operator, "_list_blocks", checked)
+    compare(q, k, v, d_out)
+
+
+@pytest.mark.parametrize("query_entries, key_entries", [(torch.int32, torch.uint16), (torch.uint16, torch.int32)])
+def test_lists_of_either_size(query_entries, key_entries, monkeypatch):
+    take("lists", monkeypatch)
+    monkeypatch.setattr(operator, "_index_dtype", lambda entries: key_entries if entries == 75 else query_entries)
+    compare(*inputs(1, 3, 1, 70, 75, 16))
+
+
+def test_slabs_have_no_room_that_is_not_used():
+    q = torch.empty(1, 1, 1, 64, device=DEVICE, dtype=torch.bfloat16)
+    assert [operator._keys_per_query(q, length) for length in (1, 1024, 8192, 2**16, 2**17)] == [17, 24, 80, 96, 48]
+
+
 def test_blocks_that_are_faster_in_tile_mode_take_it(monkeypatch):
     """The slabs have room for all keys, but lists for many of them are worth it among very many only."""
     q, k, v, _ = inputs(1, 1, 1, 70, 300, 16, sharpness=0.1)
@@ -288,8 +321,10 @@ def test_a_query_of_zeros_beside_a_key_too_large_to_square():
 
 
 @pytest.mark.skipif(not operator.INTERPRETED, reason="reaches into the launch")
-def test_tile_mode_from_a_bound_far_below_the_threshold(monkeypatch):
-    """Steps of third order must not go past a row's largest score: there its weights would all be 0."""
+@pytest.mark.parametrize("alpha, right", [(1.5, True), (1.25, True), (1.45, True), (1.01, False)])
+def test_tile_mode_from_a_bound_far_below_the_threshold(alpha, right, monkeypatch):
+    """Steps of third order must not go past a row's largest score: there its weights would all be 0. Where the sum of the powers
+    overflows, it shows."""
     take("tiles", monkeypatch)
     kernel = operator.tiles_forward_kernel
 
@@ -305,8 +340,11 @@ def test_tile_mode_from_a_bound_far_below_the_threshold(monkeypatch):
     monkeypatch.setattr(operator, "tiles_forward_kernel", Launcher())
     q, k, v, _ = inputs(1, 1, 1, 64, 64, 16, sharpness=8.0)
     visible = resolve_key_range(q, k, None, True)
-    out = operator.entmax_attention_kernels(q, k, v, visible, alpha=1.5, scale=1.0)
-    assert relative(out, range_attention(q, k, v, visible, alpha=1.5, scale=1.0)) < 1e-4
+    out = operator.entmax_attention_kernels(q, k, v, visible, alpha=alpha, scale=1.0)
+    if right:
+        assert relative(out, range_attention(q, k, v, visible, alpha=alpha, scale=1.0)) < 1e-4
+    else:
+        assert out.isnan().all()
 
 
 def test_an_empty_batch():

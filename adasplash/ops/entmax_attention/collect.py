@@ -30,6 +30,7 @@ from ..jit import (
 )
 
 SLACK = tl.constexpr(2.0**-12)
+ROUGH = tl.constexpr(True)  # logarithms: the slack is wide enough for them
 # Turns a score's difference to a limit into 0 or 1 with one saturating multiplication: none is below 2^-60.
 STEEP = tl.constexpr(2.0**60)
 
@@ -61,7 +62,7 @@ def raise_bound(bound, slope, tile_top, z_scale, r, FORMULA: tl.constexpr):
     threshold. sum p is convex in the bound: a tile that adds p = d ** r allows it to rise by p / (r * slope) in z, slope
     being at least sum u there. A maximum more than 1 above the bound in z starts afresh, alone.
     """
-    p, u = entmax_weights(tl.where(tile_top > bound, (tile_top - bound) * z_scale, 0.0), r, FORMULA)
+    p, u = entmax_weights(tl.where(tile_top > bound, (tile_top - bound) * z_scale, 0.0), r, FORMULA, ROUGH)
     alone = tile_top - 1.0 / z_scale
     afresh = alone > bound
     slope = tl.where(afresh, 1.0, slope + u)
@@ -145,7 +146,7 @@ def settle(record, bound, slope, found, margin, z_scale, r, BLOCK_M: tl.constexp
             e = (begin + c)[None, :]
             top = entry_tops(record, e, e < found[:, None], BLOCK_M)
             distance = tl.where(top > bound[:, None], (top - bound[:, None]) * z_scale, 0.0)
-            p, u = entmax_weights(distance, r, FORMULA)
+            p, u = entmax_weights(distance, r, FORMULA, ROUGH)
             mass += tl.sum(p, 1)
             u_sum += tl.sum(u, 1)
         # Where the entries alone have sum p >= 1 they are what the bound rests on from here; at it, sum u is smaller still.

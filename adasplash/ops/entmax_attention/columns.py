@@ -162,7 +162,7 @@ def columns_backward_kernel(
                 query_position = tl.load(QUERY_POSITION + at_row, mask=live, other=0)
             z = pair_scores(q, k[:, None, :], scale, slope, query_position, key_position[:, None], HAS_ALIBI)
             distance = tl.where(live, z * (alpha - 1.0) - tau, 0.0)
-            p, u = entmax_weights(distance, 1.0 / (alpha - 1.0), FORMULA)
+            p, u = entmax_weights(distance, 1.0 / (alpha - 1.0), FORMULA, Q.dtype.element_ty != tl.float32)
             ds = u * (tl.sum(d_out * v[:, None, :], 2) - delta)
             dk += tl.sum(ds[:, :, None] * q, 1)
             dv += tl.sum(p[:, :, None] * d_out, 1)

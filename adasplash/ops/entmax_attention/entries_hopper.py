@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..jit import entmax_weights, larger_or_nan, newton_step, popcount
-from .collect import raise_bound
+from .collect import ROUGH, raise_bound
 
 # The name differs between triton 3.6 and its successors.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -138,7 +138,7 @@ def settle(
             top = gl.load(RECORDS + ((e * BLOCK_M + m) * 8 + 1), mask=e < found[:, None], other=-8388608)
             top = top.to(gl.float32, bitcast=True)
             distance = gl.where(top > bound[:, None], (top - bound[:, None]) * z_scale, 0.0)
-            p, u = entmax_weights(distance, r, FORMULA)
+            p, u = entmax_weights(distance, r, FORMULA, ROUGH)
             mass += gl.sum(p, 1)
             u_sum += gl.sum(u, 1)
         slope = gl.where(mass >= 1.0, u_sum, slope)
@@ -240,7 +240,7 @@ def settle_tops(RECORDS, bound, places, z_scale, r, FORMULA: gl.constexpr, QUART
             at = RECORDS + (((begin + c) * BLOCK_M + m) * TOPS_OF_TILE)[:, :, None] + quarter
             top = gl.load(at, mask=(begin + c < places)[:, :, None], other=-8388608).to(gl.float32, bitcast=True)
             hit = top > bound[:, None, None]
-            p, u = entmax_weights(gl.where(hit, (top - bound[:, None, None]) * z_scale, 0.0), r, FORMULA)
+            p, u = entmax_weights(gl.where(hit, (top - bound[:, None, None]) * z_scale, 0.0), r, FORMULA, ROUGH)
             p = gl.where(top < float("inf"), p, float("nan"))
             mass += gl.sum(gl.sum(p, 2), 1)
             u_sum += gl.sum(gl.sum(u, 2), 1)

@@ -122,6 +122,7 @@ def rows_forward_kernel(
     time, for a key is one number then. Z is scratch shaped as KEYS.
     """
     bh = program_head()
+    ROUGH: tl.constexpr = Q.dtype.element_ty != tl.float32
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
     block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:
@@ -182,7 +183,7 @@ def rows_forward_kernel(
                 place = first[:, None] + (begin + c)[None, :]
                 key = tl.load(KEYS + place, mask=live, other=0).to(tl.int32)
                 z = tl.load(Z + place, mask=live, other=float("-inf"))
-                p, _ = entmax_weights(z - tau[:, None], r, FORMULA)
+                p, _ = entmax_weights(z - tau[:, None], r, FORMULA, ROUGH)
                 v = gather(V, key, live, v_t, d, D, BLOCK_D)
                 out += tl.sum(p[:, :, None] * v, 1)
             out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
@@ -205,6 +206,7 @@ def rows_backward_kernel(
     DQ and OUT have strides dq_*. D_ALPHA (B, H, Tq): the row's share of the gradient for alpha.
     """
     bh = program_head()
+    ROUGH: tl.constexpr = Q.dtype.element_ty != tl.float32
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
     block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
     if tl.load(IN_TILES + bh * blocks + block) == 0:
@@ -253,7 +255,7 @@ def rows_backward_kernel(
                     key_position = tl.load(KEY_POSITION + key, mask=live, other=0)
                 z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
                 distance = tl.where(live, z * (alpha - 1.0) - tau[:, None], 0.0)
-                p, u = entmax_weights(distance, r, FORMULA)
+                p, u = entmax_weights(distance, r, FORMULA, ROUGH)
                 dp = tl.sum(d_out[:, None, :] * v, 2) - near[:, None]
                 dq += tl.sum((u * dp)[:, :, None] * k, 1)
                 k_mean += tl.sum(u[:, :, None] * k, 1)
@@ -261,7 +263,7 @@ def rows_backward_kernel(
                 delta += tl.sum(u * dp, 1)
                 tl.atomic_add(COLUMN_COUNT + key, 1, mask=live, sem="relaxed")
                 if ALPHA_GRADIENT:
-                    w = alpha_weights(p, distance)
+                    w = alpha_weights(p, distance, ROUGH)
                     w_sum += tl.sum(w, 1)
                     w_dp += tl.sum(w * dp, 1)
             delta = delta / tl.where(u_sum > 0.0, u_sum, 1.0)

@@ -27,10 +27,9 @@ from .columns import WIDEST_SORT, columns_backward_kernel, lay_out_columns_kerne
 from .lists import rows_backward_kernel, rows_forward_kernel
 from .tiles import list_blocks_kernel, tiles_backward_columns_kernel, tiles_backward_rows_kernel, tiles_forward_kernel
 
-# Slots of a block's slab per query: blocks whose queries need more on average are computed in tile mode.
+# A block that sees n keys may have FEW_KEYS + n / SCORES_PER_KEY on lists for each query, and KEYS_PER_QUERY at most (half as many where
+# they take four bytes). With more it is computed in tile mode, where so many scores cost about as much as a key on lists.
 KEYS_PER_QUERY = 96
-# And so are those that see n keys and need more than FEW_KEYS + n / SCORES_PER_KEY: a key on lists costs as much as about so many
-# scores in tile mode.
 FEW_KEYS = 16
 SCORES_PER_KEY = 128
 # Tiles that a row may mark while it is scanned; rows that mark more go to tile mode. A power of two, for `note_tops`.
@@ -100,8 +99,15 @@ class Forward(NamedTuple):
 
 
 def _index_dtype(entries: int) -> torch.dtype:
-    """Of lists of numbers below `entries`: most of what forward keeps for backward, so in two bytes where that is enough."""
+    """Of lists of numbers below `entries`: most of what forward keeps besides its arguments and `out`, so in two bytes where that is enough."""
     return torch.uint16 if entries <= 2**16 else torch.int32
+
+
+def _keys_per_query(q: Tensor, key_length: int) -> int:
+    """Slots of a block's slab for each query: as many as any block may use."""
+    tile = entmax_tiles(q.shape[-1], q.dtype, q.device)["collect"].block_n
+    useful = FEW_KEYS + triton.cdiv(key_length, tile) * tile // SCORES_PER_KEY
+    return min(KEYS_PER_QUERY * 2 // _index_dtype(key_length).itemsize, useful)
 
 
 def _empty_outputs(q: Tensor, k: Tensor, keys_per_query: int) -> Forward:
@@ -360,7 +366,7 @@ def operator_arguments(
         slopes = alibi_slopes.to(q.device, torch.float32).reshape(-1, heads).expand(batch, heads).contiguous()
         query_position, key_position = query_positions.int().contiguous(), key_positions.int().contiguous()
     tensors = [last_contiguous(x) for x in (q, k, v, key_range.start, key_range.stop)]
-    return *tensors, alpha, slopes, query_position, key_position, scale, formula, KEYS_PER_QUERY
+    return *tensors, alpha, slopes, query_position, key_position, scale, formula, _keys_per_query(q, k.shape[2])
 
 
 def entmax_attention_kernels(q: Tensor, k: Tensor, v: Tensor, key_range: KeyRange, **how) -> Tensor:

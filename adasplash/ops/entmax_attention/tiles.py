@@ -68,7 +68,10 @@ def moves(tau, step):
 
 @triton.jit
 def limited(distance, FORMULA: tl.constexpr):
-    """A distance to tau between 0 and 1: no weight is above 1, and a product with both limits is one instruction."""
+    """A distance to tau between 0 and 1: no weight is above 1, and a product with both limits is one instruction.
+
+    The general FORMULA, which has no unit (see `tiles_forward_kernel`), must see distances above 1.
+    """
     distance = tl.maximum(distance, 0.0)
     return distance if FORMULA == 0 else tl.minimum(distance, 1.0)
 
@@ -227,7 +230,8 @@ def tiles_forward_kernel(
             tau += step
             passes = tl.where(largest(off) > far_off, passes + 1, NEWTON_STEPS)
         out = out / tl.where(mass > 0.0, mass, 1.0)[:, None]
-        out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
+        # Scores that are not finite, or sums of their powers.
+        out = tl.where(((bound == bound) & (tau == tau))[:, None], out, float("nan"))
         to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
         full = inside[:, None] & (d < D)[None, :]
         tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
@@ -337,7 +341,8 @@ def listed_part(BLOCKS, blocks, first, step, before, gap, PARTS: tl.constexpr):
     """Which part of the query rows is due in a step over BLOCKS (blocks,), each of PARTS parts: from the place `first` on, with a gap
     after `before` steps.
 
-    Loaded by hand: a load that others wait for would cost them half of the stages in the compiler's pipeline.
+    Loaded by hand: a load that others wait for would cost them half of the stages in the compiler's pipeline. The step after the last
+    is asked for, too.
     """
     place = tl.minimum(first + step + tl.where(step >= before, gap, 0), blocks * PARTS - 1)
     pointer = BLOCKS + place // PARTS
