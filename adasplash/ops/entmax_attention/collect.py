@@ -5,8 +5,8 @@ lower bound of the row's own threshold (the more terms, the larger), and what li
 each row carries the bound of the tile maxima seen so far; a tile whose maximum lies above it makes an entry: the tile,
 its maximum, and a bit for each key above the bound. After the walk, the threshold of all entries' maxima is a nearly
 tight bound; only the entries whose maximum lies above it have their bits turned into keys, which go to the block's slab
-of KEYS, row after row. A block whose entries or keys do not fit is left to tile mode. Nothing is dropped that could be in
-the support: the bounds are lowered by all that rounding can do.
+of KEYS, row after row. A block whose entries do not fit, or which has more keys than `room_for_keys` grants it, is left to
+tile mode. Nothing is dropped that could be in the support: the bounds are lowered by all that rounding can do.
 """
 
 from __future__ import annotations
