@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import entmax_weights, newton_step
+from ..entmax_formulas import entmax_weights, newton_step
 
 # By convexity step times slope falls to a quarter or less in each step, which from 2 ** 34 (a row of 2 ** 17 entries) is
 # 27 steps at the very worst; five or six are usual.

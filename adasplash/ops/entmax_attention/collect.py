@@ -14,13 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..entmax_formulas import entmax_weights, newton_step
 from ..jit import (
     SIZES,
-    entmax_weights,
     load_rows,
     load_tile,
     max_or_nan,
-    newton_step,
     popcount,
     program_head,
     room_for_keys,

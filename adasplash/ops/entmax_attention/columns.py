@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import SIZES, entmax_weights, load_rows, program_head, sizes_without
+from ..entmax_formulas import entmax_weights
+from ..jit import SIZES, load_rows, program_head, sizes_without
 from .lists import load_lists, load_pairs, pair_scores
 
 WIDEST_SORT = tl.constexpr(128)  # entries that one column is sorted among

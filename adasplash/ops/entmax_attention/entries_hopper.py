@@ -11,7 +11,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..jit import entmax_weights, larger_or_nan, newton_step, popcount
+from ..entmax_formulas import entmax_weights, newton_step
+from ..jit import larger_or_nan, popcount
 from .collect import ROUGH, raise_bound
 
 # The name differs between triton 3.6 and its successors.

@@ -10,17 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..jit import (
-    SIZES,
-    alpha_weights,
-    entmax_weights,
-    largest,
-    load_rows,
-    load_tile,
-    near_delta,
-    newton_step,
-    program_head,
-)
+from ..entmax_formulas import alpha_weights, entmax_weights, near_delta, newton_step
+from ..jit import SIZES, largest, load_rows, load_tile, program_head
 
 NEWTON_STEPS = tl.constexpr(24)  # at most; a handful is usual
 THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side,

@@ -9,18 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..entmax_formulas import alpha_weights, entmax_weights, halley_step, near_delta, newton_step
 from ..jit import (
     IN_PYTHON,
     SIZES,
-    alpha_weights,
-    entmax_weights,
-    halley_step,
     largest,
     load_per_row,
     load_rows,
     load_tile,
-    near_delta,
-    newton_step,
     program_head,
     rounded,
     score_tile,
@@ -319,7 +315,7 @@ def tiles_backward_rows_kernel(
                 k_mean = tl.dot(u.to(k.dtype), tl.trans(k), k_mean, input_precision=PRECISION)
                 if FORMULA < 2:
                     # Near alpha = 2, u is flat, and ds of many keys may be rounded alike for the dot: then sum dS is 0 only if
-                    # what is added up is what the dots see. It takes twice the instructions, and nearer 1.5 such errors even out.
+                    # what is added up is what the dots see. Nearer 1.5 such errors even out.
                     u = rounded(u, k.dtype)
                     ds = rounded(ds, k.dtype)
                 u_sums += partial_sums(u)
@@ -332,7 +328,8 @@ def tiles_backward_rows_kernel(
         tl.store(DELTA + at, delta + near, mask=inside)
         if ALPHA_GRADIENT:
             # Near alpha = 1, where r is large, the gradient asks for more digits of delta than the rounded sums have.
-            delta = tl.sum(exact_ds_sums, 1) / tl.where(seen_u > 0.0, tl.sum(exact_u_sums, 1), 1.0)
+            exact_u = tl.sum(exact_u_sums, 1)
+            delta = tl.sum(exact_ds_sums, 1) / tl.where(exact_u > 0.0, exact_u, 1.0)
             tl.store(D_ALPHA + at, (tl.sum(w_dp_sums, 1) - delta * tl.sum(w_sums, 1)) * (128.0 * r * r), mask=inside)
 
 
