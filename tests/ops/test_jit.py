@@ -99,9 +99,10 @@ def launch(batch, heads, length):
     visible = torch.zeros(2, batch, heads, length, dtype=torch.int32)
     common = (q, k, v, *visible)
     alpha = torch.full((heads,), 1.5)
-    saved = entmax.entmax_attention_forward._init_fn(*common, alpha, None, None, None, 0.125, 2, 64)
+    room = entmax._keys_per_query(q, length)
+    saved = entmax.entmax_attention_forward._init_fn(*common, alpha, None, None, None, 0.125, 2, room)
     saved = (alpha, None, None, None, *saved)
-    entmax.entmax_attention_backward._init_fn(d_out, *common, *saved, 0.125, 2, 64, False)
+    entmax.entmax_attention_backward._init_fn(d_out, *common, *saved, 0.125, 2, room, False)
     saved = (None, None, None, *softmax.softmax_attention_forward._init_fn(*common, None, None, None, 0.125))
     softmax.softmax_attention_backward._init_fn(d_out, *common, *saved, 0.125)
 
