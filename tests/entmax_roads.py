@@ -9,6 +9,7 @@ from adasplash.ops.checks import resolve_key_range
 from adasplash.ops.range_attention import range_attention, text_positions
 
 operator = pytest.importorskip("adasplash.ops.entmax_attention.operator", reason="needs triton")
+is_compiling = pytest.importorskip("adasplash.ops.launch", reason="needs triton").is_compiling
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS = [
     pytest.mark.skipif(DEVICE == "cpu" and not operator.INTERPRETED, reason="needs a GPU or Triton's interpreter"),
@@ -35,7 +36,9 @@ def take(road: str, monkeypatch):
         return bool(in_tiles.any() and not in_tiles.all())
 
     def checked(in_tiles):
-        if road != "both":
+        if is_compiling():
+            pass
+        elif road != "both":
             assert in_tiles.any() == (road == "tiles"), "another road was taken"
         elif in_tiles.shape[1] > 1:  # a lone block has but one road
             assert is_mixed(in_tiles), "one road was taken by all"
@@ -140,7 +143,11 @@ def key_ranges(length):
 def listed_keys(found, key_length, block_rows) -> Tensor:
     """Which keys stand on the lists, bool (B * H, Tq, Tk), of rows of any length."""
     heads, blocks = found.in_tiles.shape
-    keys, first, count = found.keys.int(), found.first.flatten(0, 1), found.count.flatten(0, 1)
+    keys = found.keys.int()
+    if key_length > 2**16:
+        keys, high = keys.chunk(2)
+        keys = keys + (high << 16)
+    first, count = (x[..., : found.out.shape[2]].flatten(0, 1) for x in (found.first, found.count))
     row = torch.arange(count.shape[1], device=count.device)
     slab = torch.arange(heads, device=count.device)[:, None] * blocks + row // block_rows
     begin = (slab * (keys.numel() // (heads * blocks)) + first).flatten()

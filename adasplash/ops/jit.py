@@ -15,6 +15,8 @@ SIZES = (
     "columns",
     "groups",
     "heads",
+    "high_keys",
+    "high_queries",
     "key_length",
     "query_length",
     "query_rows",

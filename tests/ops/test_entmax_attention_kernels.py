@@ -257,10 +257,10 @@ def test_blocks_in_tile_mode_apart_from_each_other(monkeypatch):
     compare(q, k, v, d_out)
 
 
-@pytest.mark.parametrize("query_entries, key_entries", [(torch.int32, torch.uint16), (torch.uint16, torch.int32)])
-def test_lists_of_either_size(query_entries, key_entries, monkeypatch):
+@pytest.mark.parametrize("large", ["queries", "keys"])
+def test_lists_of_either_size(large, monkeypatch):
     take("lists", monkeypatch)
-    monkeypatch.setattr(operator, "_index_dtype", lambda entries: key_entries if entries == 75 else query_entries)
+    monkeypatch.setattr(operator, "_need_high_halves", lambda numbers: numbers == (75 if large == "keys" else 210))
     compare(*inputs(1, 3, 1, 70, 75, 16))
 
 
@@ -329,6 +329,8 @@ def test_tile_mode_from_a_bound_far_below_the_threshold(alpha, right, monkeypatc
     kernel = operator.tiles_forward_kernel
 
     class Launcher:
+        warmup = kernel.warmup
+
         def __getitem__(self, grid):
             def launch(*arguments, **options):
                 by_name = dict(zip(kernel.arg_names, arguments, strict=False))

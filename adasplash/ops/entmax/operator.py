@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import GENERAL, formula_of, kernel_operator, last_contiguous
+from ..launch import GENERAL, formula_of, kernel_operator, last_contiguous, launch
 from .kernels import entmax_backward_kernel, entmax_kernel
 
 # The forward holds rows of up to this many entries in registers; longer ones, and all in the backward, are swept in memory,
@@ -33,7 +33,7 @@ def entmax_forward(x: Tensor, alpha: Tensor, formula: int) -> tuple[Tensor, Tens
     p, threshold = _empty_outputs(x)
     rows, length = x.shape
     held = length <= LONGEST_HELD
-    entmax_kernel[(rows,)](
+    launch(entmax_kernel, (rows,),
         x, alpha, p, threshold, x.stride(0), alpha.stride(0), length,
         FORMULA=formula, HELD=held, **_block(length, LONGEST_HELD if held else SWEPT_BLOCK),
     )  # fmt: skip
@@ -53,7 +53,7 @@ def entmax_backward(
     rows, length = x.shape
     dx = x.new_empty(x.shape)
     d_alpha = threshold.new_empty(rows if alpha_gradient else 0)
-    entmax_backward_kernel[(rows,)](
+    launch(entmax_backward_kernel, (rows,),
         g, x, alpha, threshold, dx, d_alpha, g.stride(0), x.stride(0), alpha.stride(0), length,
         FORMULA=formula, ALPHA_GRADIENT=alpha_gradient, **_block(length, SWEPT_BLOCK),
     )  # fmt: skip

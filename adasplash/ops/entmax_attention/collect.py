@@ -27,6 +27,7 @@ from ..jit import (
     store_block_range,
     visible_tiles,
 )
+from .lists import store_listed
 
 SLACK = tl.constexpr(2.0**-12)
 ROUGH = tl.constexpr(True)  # logarithms: the slack is wide enough for them
@@ -172,7 +173,8 @@ def collect_kernel(
     Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION,
     WORK, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h,
-    batch_heads, heads, ratio, query_length, key_length, blocks, entries, capacity, few_keys, scores_per_key,
+    batch_heads, heads, ratio, query_length, row_stride, key_length, blocks, entries, capacity, few_keys, scores_per_key,
+    high_keys: tl.int64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -224,7 +226,7 @@ def collect_kernel(
         margin = tl.sqrt(tl.sum(wide * wide, 1)) * tl.load(KEY_NORM + b * groups + group).to(tl.float32, bitcast=True)
         if HAS_ALIBI:
             slope_alibi = tl.load(SLOPES + bh) / scale
-            query_position = tl.load(QUERY_POSITION + bh.to(tl.int64) * query_length + row, mask=inside, other=0)
+            query_position = tl.load(QUERY_POSITION + bh.to(tl.int64) * row_stride + row, mask=inside, other=0)
             key_position = KEY_POSITION + (b * groups + group) * key_length
             margin = 2.0 * margin + 1.0 / z_scale  # |bias| <= |q| |k| + |score| where it matters
         margin = margin * ((D + 8 + last_tile - first_tile) * 2.0**-22) + 1.0 / z_scale * SLACK
@@ -301,7 +303,7 @@ def collect_kernel(
         room = room_for_keys(capacity, few_keys, scores_per_key, BLOCK_M, (last_tile - first_tile) * BLOCK_N)
         fits = (tl.sum(count, 0) <= room) & (lost <= 0)
         slab = (bh.to(tl.int64) * blocks + block) * capacity
-        at = bh.to(tl.int64) * query_length + row
+        at = bh.to(tl.int64) * row_stride + row
         tl.store(IN_TILES + bh * blocks + block, tl.where(fits, 0, 1))
         store_block_range(BLOCK_RANGE, bh * blocks + block, start, stop, key_length)
         tl.store(FIRST + at, first, mask=inside)
@@ -323,7 +325,7 @@ def collect_kernel(
                 for _bit in range(0, tl.max(tl.max(tl.max(here, 2), 1), 0)):
                     b_ = popcount((words & -words) - 1)
                     column = base + 64 * (b_ // 16) + 8 * (b_ % 16 // 2) + b_ % 2
-                    tl.store(KEYS + (slab + to), column, mask=words != 0)
+                    store_listed(KEYS, slab + to, column, words != 0, high_keys)
                     to += 1
                     words = words & (words - 1)
         work = tl.atomic_add(WORK, 1, sem="relaxed")

@@ -17,6 +17,7 @@ fit after all, as a key further left may outweigh all that were seen before, it 
 from __future__ import annotations
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -135,7 +136,8 @@ def collect_hopper_kernel(
     Q, K, KEY_NORM, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION,
     WORK, RECORDS, KEYS, FIRST, COUNT, BOUND, IN_TILES, BLOCK_RANGE,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h,
-    batch_heads, heads, ratio, query_length, key_length, blocks, entries, capacity, few_keys, scores_per_key,
+    batch_heads, heads, ratio, query_length, row_stride, key_length, blocks, entries, capacity, few_keys, scores_per_key,
+    high_keys: tl.int64,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     FORMULA: gl.constexpr, HAS_ALIBI: gl.constexpr, PRECISION: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
@@ -207,7 +209,7 @@ def collect_hopper_kernel(
         margin = norm * key_norm * per_unit
         if HAS_ALIBI:
             alibi = gl.load(SLOPES + bh) / scale * per_unit
-            query_position = gl.load(QUERY_POSITION + bh.to(gl.int64) * query_length + row, mask=inside, other=0)
+            query_position = gl.load(QUERY_POSITION + bh.to(gl.int64) * row_stride + row, mask=inside, other=0)
             key_position = KEY_POSITION + (b * groups + group) * key_length
             # Biases are counted from that of a key in sight, so that no row's largest score is far below 0: from the last one, or
             # the one at the row's own place, whichever is nearer.
@@ -347,14 +349,14 @@ def collect_hopper_kernel(
         first = running_sum(count, 0, gl.BlockedLayout([1], [32], [num_warps], [0])) - count
         row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=LIST)
         inside = row < query_length
-        at = bh.to(gl.int64) * query_length + row
+        at = bh.to(gl.int64) * row_stride + row
         gl.store(IN_TILES + bh * blocks + block, gl.where(fits, 0, 1))
         gl.store(FIRST + at, first, mask=inside)
         gl.store(COUNT + at, gl.where(fits, count, 0), mask=inside)
         gl.store(BOUND + at, bound, mask=inside)
         if fits:
             slab = (bh.to(gl.int64) * blocks + block) * capacity
-            write_keys(RECORDS, KEYS + slab, first, found, most, BLOCK_N, WORDS, OF_ENTRY)
+            write_keys(RECORDS, KEYS + slab, first, found, most, high_keys, BLOCK_N, WORDS, OF_ENTRY)
         work = gl.atomic_add(WORK, 1, sem="relaxed")
         barrier()
     for i in gl.static_range(STAGES):

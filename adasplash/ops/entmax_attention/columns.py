@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from ..entmax_formulas import entmax_weights
-from ..jit import SIZES, load_rows, program_head, sizes_without
-from .lists import load_lists, load_pairs, pair_scores
+from ..jit import SIZES, load_rows, program_head
+from .lists import load_listed, load_lists, load_pairs, pair_scores, store_listed
 
 WIDEST_SORT = tl.constexpr(128)  # entries that one column is sorted among
 
 
-@triton.jit(do_not_specialize=sizes_without("key_length"))
+@triton.jit(do_not_specialize=SIZES)
 def lay_out_columns_kernel(
     COLUMN_COUNT, CURSOR, SINKS, SINK_COUNT, key_length, region, sinks_at_most, longest, AT_ONCE: tl.constexpr
 ):
@@ -44,7 +44,8 @@ def lay_out_columns_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def transpose_kernel(
     KEYS, FIRST, COUNT, IN_TILES, CURSOR, QUERIES,
-    heads, ratio, query_length, key_length, blocks, capacity, longest,
+    heads, ratio, query_length, row_stride, key_length, blocks, capacity, longest,
+    high_keys: tl.int64, high_queries: tl.int64,
     BLOCK_M: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Enters each pair into its key's column: QUERIES holds (head in group) * Tq + row, in the order of arrival.
@@ -61,29 +62,30 @@ def transpose_kernel(
         for turn in range(0, TURNS):
             row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
             inside = row < query_length
-            at = bh.to(tl.int64) * query_length + row
+            at = bh.to(tl.int64) * row_stride + row
             first, count = load_lists(FIRST, COUNT, at, inside, slab)
             entry = bh % ratio * query_length + row
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
-                key = tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0)
-                key = column + key.to(tl.int64)
+                key = column + load_listed(KEYS, first[:, None] + (begin + c)[None, :], live, high_keys)
                 live = live & (tl.load(CURSOR + 2 * key + 1, mask=live, other=0) <= longest)
                 to = tl.atomic_add(CURSOR + 2 * key, 1, mask=live, sem="relaxed")
-                tl.store(QUERIES + to, tl.broadcast_to(entry[:, None], (ROWS, PAIRS)), mask=live)
+                store_listed(QUERIES, to, tl.broadcast_to(entry[:, None], (ROWS, PAIRS)), live, high_queries)
 
 
 @triton.jit
-def sort_columns(QUERIES, begin, length, WIDTH: tl.constexpr):
+def sort_columns(QUERIES, begin, length, high_queries, WIDTH: tl.constexpr):
     """Sorts columns of at most WIDTH entries in place."""
     e = tl.arange(0, WIDTH)[None, :]
     live = e < length[:, None]
-    entry = tl.where(live, tl.load(QUERIES + begin[:, None] + e, mask=live, other=0).to(tl.int32), 2147483647)
-    tl.store(QUERIES + begin[:, None] + e, tl.sort(entry, 1), mask=live)
+    entry = tl.where(live, load_listed(QUERIES, begin[:, None] + e, live, high_queries), 2147483647)
+    store_listed(QUERIES, begin[:, None] + e, tl.sort(entry, 1), live, high_queries)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def sort_columns_kernel(CURSOR, QUERIES, columns, longest, TURNS: tl.constexpr, COLUMNS: tl.constexpr):
+def sort_columns_kernel(
+    CURSOR, QUERIES, columns, longest, high_queries: tl.int64, TURNS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Puts the entries of each column in ascending order: what depends on the order of arrival ends here.
 
     Turns the ends in CURSOR back into begins, and the lengths of columns above `longest` (at most WIDEST_SORT) into 0.
@@ -98,20 +100,20 @@ def sort_columns_kernel(CURSOR, QUERIES, columns, longest, TURNS: tl.constexpr, 
         tl.store(CURSOR + 2 * at + 1, length, mask=inside)
         most = tl.max(length, 0)
         if most > 64:
-            sort_columns(QUERIES, begin, length, WIDEST_SORT)
+            sort_columns(QUERIES, begin, length, high_queries, WIDEST_SORT)
         elif most > 32:
-            sort_columns(QUERIES, begin, length, 64)
+            sort_columns(QUERIES, begin, length, high_queries, 64)
         elif most > 16:
-            sort_columns(QUERIES, begin, length, 32)
+            sort_columns(QUERIES, begin, length, high_queries, 32)
         elif most > 1:
-            sort_columns(QUERIES, begin, length, 16)
+            sort_columns(QUERIES, begin, length, high_queries, 16)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def columns_backward_kernel(
     Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, CURSOR, QUERIES, TAU, DELTA, D_OUT, DK, DV,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    groups, ratio, query_length, key_length,
+    groups, ratio, query_length, row_stride, key_length, high_queries: tl.int64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +140,7 @@ def columns_backward_kernel(
         dv = tl.zeros((ROWS, BLOCK_D), tl.float32)
         for begin in range(0, most, PAIRS):
             live = (begin + c)[None, :] < length[:, None]
-            entry = tl.load(QUERIES + begin_at[:, None] + (begin + c)[None, :], mask=live, other=0).to(tl.int32)
+            entry = load_listed(QUERIES, begin_at[:, None] + (begin + c)[None, :], live, high_queries)
             if ratio == 1:  # then Triton knows it
                 local = tl.zeros_like(entry)
                 row = entry
@@ -150,7 +152,7 @@ def columns_backward_kernel(
             q = load_pairs(q_at, live, d, D, BLOCK_D)
             o_at = D_OUT + b * o_b + (head * o_h + row.to(tl.int64) * o_t)
             d_out = load_pairs(o_at, live, d, D, BLOCK_D)
-            at_row = (first_head + local).to(tl.int64) * query_length + row
+            at_row = (first_head + local).to(tl.int64) * row_stride + row
             tau = tl.load(TAU + at_row, mask=live, other=0.0)
             delta = tl.load(DELTA + at_row, mask=live, other=0.0)
             alpha = tl.load(ALPHA).to(tl.float32)  # of all heads

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from ..entmax_formulas import entmax_weights, newton_step
 from ..jit import larger_or_nan, popcount
 from .collect import ROUGH, raise_bound
+from .lists import store_listed
 
 # The name differs between triton 3.6 and its successors.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -173,8 +174,10 @@ def settle(
 
 
 @gluon.jit
-def write_keys(RECORDS, KEYS, first, found, most, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr):
-    """Turns the bits of the entries into keys, KEYS[first[row]...]."""
+def write_keys(
+    RECORDS, KEYS, first, found, most, high_keys, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr
+):
+    """Turns the bits of the entries into keys, from place first[row] of KEYS on."""
     BLOCK_M: gl.constexpr = first.shape[0]
     OF_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, WORDS))
     place = gl.convert_layout(first, OF_ROW)
@@ -200,7 +203,7 @@ def write_keys(RECORDS, KEYS, first, found, most, BLOCK_N: gl.constexpr, WORDS: 
         for _ in range(0, gl.max(gl.max(gl.max(here, 2), 1), 0)):
             bit = popcount((words & -words) - 1)
             column = in_tile + 64 * (bit // 8 % 2) + 8 * (bit % 8) + bit // 16
-            gl.store(KEYS + to, column, mask=words != 0)
+            store_listed(KEYS, to, column, words != 0, high_keys)
             to += 1
             words = words & (words - 1)
 

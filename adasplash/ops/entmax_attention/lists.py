@@ -1,8 +1,8 @@
 """Entmax attention on support lists, row by row: threshold and output, dq and delta; columns.py has what goes by columns.
 
 A pair costs one gathered row of k or v (or q and dO) and D multiply-adds; nothing is computed for keys off the lists.
-Rows of a block: KEYS[slab of the block + FIRST[row] : ... + COUNT[row]]; blocks in tile mode have COUNT 0 and are skipped. Lists are
-of uint16 where that is enough.
+Rows of a block: keys from slab of the block + FIRST[row] on, COUNT[row] of them; blocks in tile mode have COUNT 0 and are skipped.
+What lists hold takes 16 bits where that is enough, see `load_listed`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,26 @@ from ..jit import SIZES, largest, load_rows, load_tile, program_head
 NEWTON_STEPS = tl.constexpr(24)  # at most; a handful is usual
 THRESHOLD_ROWS = tl.constexpr(4)  # whose thresholds are found side by side,
 THRESHOLD_PAIRS = tl.constexpr(8)  # from so many pairs of each at a time: a thread of a warp for each
+
+
+@triton.jit
+def load_listed(LISTS, at, live, high):
+    """The numbers, int32, at places `at` of lists; 0 where not live. 16 bits of each, and as many `high` places further if that is not 0.
+
+    One kernel for numbers of either size, so that a longer sequence compiles nothing anew.
+    """
+    number = tl.load(LISTS + at, mask=live, other=0).to(tl.int32)
+    if high > 0:
+        number |= tl.load(LISTS + at + high, mask=live, other=0).to(tl.int32) << 16
+    return number
+
+
+@triton.jit
+def store_listed(LISTS, at, number, live, high):
+    """Stores what `load_listed` loads."""
+    tl.store(LISTS + at, number, mask=live)
+    if high > 0:
+        tl.store(LISTS + at + high, number >> 16, mask=live)
 
 
 @triton.jit
@@ -50,7 +70,9 @@ def pair_scores(q, k, scale, slope, query_position, key_position, HAS_ALIBI: tl.
 
 
 @triton.jit
-def find_thresholds(KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, query_length, bound_scale, r, FORMULA: tl.constexpr):
+def find_thresholds(
+    KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, high_keys, query_length, bound_scale, r, FORMULA: tl.constexpr
+):
     """TAU of rows (R,) of one head from the z of their candidates; those above it move up in KEYS and Z, COUNT becomes theirs.
 
     Newton's method from the bound that the lists were collected with. TAU is infinite for a row without keys, which
@@ -87,12 +109,12 @@ def find_thresholds(KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, query_length, 
     kept = tl.zeros_like(count)
     for begin in range(0, most, THRESHOLD_PAIRS):
         live = begin + c < count[:, None]
-        key = tl.load(KEYS + at + begin, mask=live, other=0)
+        key = load_listed(KEYS, at + begin, live, high_keys)
         z = tl.load(Z + at + begin, mask=live, other=float("-inf"))
         stay = (z > tau[:, None]).to(tl.int32)
         to = (first + kept)[:, None] + tl.cumsum(stay, 1) - stay
         tl.debug_barrier()  # all have read what is about to be overwritten
-        tl.store(KEYS + to, key, mask=stay > 0)
+        store_listed(KEYS, to, key, stay > 0, high_keys)
         tl.store(Z + to, z, mask=stay > 0)
         kept += tl.sum(stay, 1)
     tl.store(TAU + row, tau, mask=inside)
@@ -103,14 +125,14 @@ def find_thresholds(KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, query_length, 
 def rows_forward_kernel(
     Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, KEYS, FIRST, COUNT, IN_TILES, BOUND, Z, OUT, TAU,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t,
-    heads, ratio, query_length, key_length, blocks, capacity,
+    heads, ratio, query_length, row_stride, key_length, blocks, capacity, high_keys: tl.int64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
     """tau and out for TURNS * ROWS queries; leaves in KEYS and COUNT the exact support.
 
     Rows are scored and weighed ROWS at a time, for a key is D numbers there; their thresholds are found THRESHOLD_ROWS at a
-    time, for a key is one number then. Z is scratch shaped as KEYS.
+    time, for a key is one number then. Z is scratch, a float for each place in KEYS.
     """
     bh = program_head()
     ROUGH: tl.constexpr = Q.dtype.element_ty != tl.float32
@@ -135,7 +157,7 @@ def rows_forward_kernel(
         for turn in range(0, TURNS):
             row = first_row + turn * ROWS + tl.arange(0, ROWS)
             inside = row < query_length
-            at = bh.to(tl.int64) * query_length + row
+            at = bh.to(tl.int64) * row_stride + row
             first, count = load_lists(FIRST, COUNT, at, inside, slab)
             q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
             query_position = row
@@ -144,7 +166,7 @@ def rows_forward_kernel(
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
                 place = first[:, None] + (begin + c)[None, :]
-                key = tl.load(KEYS + place, mask=live, other=0).to(tl.int32)
+                key = load_listed(KEYS, place, live, high_keys)
                 k = gather(K, key, live, k_t, d, D, BLOCK_D)
                 key_position = key
                 if HAS_ALIBI:
@@ -153,18 +175,18 @@ def rows_forward_kernel(
                 tl.store(Z + place, z * (alpha - 1.0), mask=live)
         tl.debug_barrier()
 
-        head = bh.to(tl.int64) * query_length
+        head = bh.to(tl.int64) * row_stride
         for begin in range(0, TURNS * ROWS, THRESHOLD_ROWS):
             find_thresholds(
                 KEYS, Z, FIRST + head, COUNT + head, BOUND + head, TAU + head,
-                first_row + begin + tl.arange(0, THRESHOLD_ROWS), slab, query_length, (alpha - 1.0) * scale, r, FORMULA,
+                first_row + begin + tl.arange(0, THRESHOLD_ROWS), slab, high_keys, query_length, (alpha - 1.0) * scale, r, FORMULA,
             )  # fmt: skip
         tl.debug_barrier()
 
         for turn in range(0, TURNS):
             row = first_row + turn * ROWS + tl.arange(0, ROWS)
             inside = row < query_length
-            at = bh.to(tl.int64) * query_length + row
+            at = bh.to(tl.int64) * row_stride + row
             first, count = load_lists(FIRST, COUNT, at, inside, slab)
             tau = tl.load(TAU + at, mask=inside, other=0.0)
             bound = tl.load(BOUND + at, mask=inside, other=0.0)
@@ -172,7 +194,7 @@ def rows_forward_kernel(
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
                 place = first[:, None] + (begin + c)[None, :]
-                key = tl.load(KEYS + place, mask=live, other=0).to(tl.int32)
+                key = load_listed(KEYS, place, live, high_keys)
                 z = tl.load(Z + place, mask=live, other=float("-inf"))
                 p, _ = entmax_weights(z - tau[:, None], r, FORMULA, ROUGH)
                 v = gather(V, key, live, v_t, d, D, BLOCK_D)
@@ -188,7 +210,7 @@ def rows_backward_kernel(
     Q, K, V, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, KEYS, FIRST, COUNT, IN_TILES, TAU, OUT, D_OUT,
     DELTA, COLUMN_COUNT, DQ, D_ALPHA,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dq_b, dq_h, dq_t,
-    heads, ratio, query_length, key_length, blocks, capacity,
+    heads, ratio, query_length, row_stride, key_length, blocks, capacity, high_keys: tl.int64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, ALPHA_GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +240,7 @@ def rows_backward_kernel(
         for turn in range(0, TURNS):
             row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
             inside = row < query_length
-            at = bh.to(tl.int64) * query_length + row
+            at = bh.to(tl.int64) * row_stride + row
             slab = (bh.to(tl.int64) * blocks + block) * capacity
             first, count = load_lists(FIRST, COUNT, at, inside, slab)
             tau = tl.load(TAU + at, mask=inside, other=0.0)
@@ -238,7 +260,7 @@ def rows_backward_kernel(
             w_dp = tl.zeros((ROWS,), tl.float32)
             for begin in range(0, tl.max(count, 0), PAIRS):
                 live = (begin + c)[None, :] < count[:, None]
-                key = tl.load(KEYS + first[:, None] + (begin + c)[None, :], mask=live, other=0).to(tl.int32)
+                key = load_listed(KEYS, first[:, None] + (begin + c)[None, :], live, high_keys)
                 k = gather(K, key, live, k_t, d, D, BLOCK_D)
                 v = gather(V, key, live, v_t, d, D, BLOCK_D)
                 key_position = key

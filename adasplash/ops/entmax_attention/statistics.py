@@ -17,7 +17,7 @@ from .operator import Forward, entmax_attention_forward, operator_arguments
 @triton.jit(do_not_specialize=SIZES)
 def count_support_kernel(
     Q, K, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, TAU, SUPPORT, ACTIVE,
-    scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h, heads, ratio, query_length, key_length, blocks,
+    scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h, heads, ratio, query_length, row_stride, key_length, blocks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SUPPORT (B, H, Tq): keys with weight; ACTIVE (B * H, blocks): TILE x TILE tiles of the block that hold one."""
@@ -30,7 +30,7 @@ def count_support_kernel(
     n = tl.arange(0, TILE)
     d = tl.arange(0, BLOCK_D)
     inside = row < query_length
-    at = bh.to(tl.int64) * query_length + row
+    at = bh.to(tl.int64) * row_stride + row
     range_at = b * range_b + h.to(tl.int64) * range_h + row
     start = tl.load(START + range_at, mask=inside, other=0)
     stop = tl.load(STOP + range_at, mask=inside, other=0)
@@ -96,8 +96,8 @@ def count_support(
         count_support_kernel[(blocks, heads, batch)](
             q, k, start, stop, alpha, slopes, query_position, key_position, found.tau, support, active,
             scale, *q.stride()[:3], *k.stride()[:3], *start.stride()[:2],
-            heads, heads // k.shape[1], query_length, k.shape[2], blocks,
+            heads, heads // k.shape[1], query_length, found.tau.shape[-1], k.shape[2], blocks,
             num_stages=1,  # tiles of wide heads fit into shared memory once
             TILE=tile, PRECISION=dot_precision(q.dtype), **head_constants(q, slopes),
         )  # fmt: skip
-    return support, active, found.in_tiles.view(batch, heads, -1).float().mean((0, 2))
+    return support[..., :query_length], active, found.in_tiles.view(batch, heads, -1).float().mean((0, 2))

@@ -101,7 +101,7 @@ def tile_distances(
 def tiles_forward_kernel(
     Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BOUND, OUT, TAU,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, range_b, range_h,
-    heads, ratio, query_length, key_length, blocks,
+    heads, ratio, query_length, row_stride, key_length, blocks,
     QUERY_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def tiles_forward_kernel(
         n = tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
         inside = row < query_length
-        at = bh.to(tl.int64) * query_length + row
+        at = bh.to(tl.int64) * row_stride + row
         range_at = b * range_b + h.to(tl.int64) * range_h + row
         start = tl.load(START + range_at, mask=inside, other=0)
         stop = tl.load(STOP + range_at, mask=inside, other=0)
@@ -239,7 +239,7 @@ def tiles_backward_rows_kernel(
     Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, TAU, OUT, D_OUT,
     DELTA, DQ, D_ALPHA,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dq_b, dq_h, dq_t, range_b, range_h,
-    heads, ratio, query_length, key_length, blocks,
+    heads, ratio, query_length, row_stride, key_length, blocks,
     QUERY_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, ALPHA_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -260,7 +260,7 @@ def tiles_backward_rows_kernel(
         n = tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
         inside = row < query_length
-        at = bh.to(tl.int64) * query_length + row
+        at = bh.to(tl.int64) * row_stride + row
         range_at = b * range_b + h.to(tl.int64) * range_h + row
         start = tl.load(START + range_at, mask=inside, other=0)
         stop = tl.load(STOP + range_at, mask=inside, other=0)
@@ -352,12 +352,12 @@ def listed_part(BLOCKS, blocks, first, step, before, gap, PARTS: tl.constexpr):
     return block * PARTS + place % PARTS
 
 
-@triton.jit(do_not_specialize=sizes_without("query_length", "range_b", "range_h"))
+@triton.jit(do_not_specialize=sizes_without("range_b", "range_h"))
 def tiles_backward_columns_kernel(
     Q, K, V, START, STOP, ALPHA, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCKS, BLOCK_COUNT, BLOCK_RANGE, SINKS, SINK_COUNT,
     PARTIAL, ARRIVED, TAU, DELTA, D_OUT, DK, DV,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    range_b, range_h, groups, ratio, query_length, key_length, blocks, sinks_at_most, slots,
+    range_b, range_h, groups, ratio, query_length, row_stride, key_length, blocks, sinks_at_most, slots,
     OF_SINKS: tl.constexpr, QUERY_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORMULA: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -446,7 +446,7 @@ def tiles_backward_columns_kernel(
                     shift = (part * BLOCK_M).to(tl.int64)
                     q = load_tile(q_at + shift * q_t, in_dim, inside[:, None] if edges else None, D == BLOCK_D)
                     d_out = load_tile(o_at + shift * o_t, in_dim, inside[:, None] if edges else None, D == BLOCK_D)
-                    at = bh * query_length + row
+                    at = bh * row_stride + row
                     tau = load_per_row(TAU + at, inside, 0.0)
                     delta = load_per_row(DELTA + at, inside, 0.0)
                     query_position = row

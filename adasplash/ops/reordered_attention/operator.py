@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..key_range import KeyRange
-from ..launch import kernel_operator, last_contiguous, with_equal_strides
+from ..launch import kernel_operator, last_contiguous, launch, with_equal_strides
 from ..tile_table import block_dim
 from .kernels import count_kernel, hash_kernel, place_kernel, range_kernel, rows_kernel
 from .reference import Reordering
@@ -40,7 +40,7 @@ def launch_hash(q: Tensor, k: Tensor, directions: Tensor) -> tuple[Tensor, Tenso
         x = last_contiguous(x)
         parts.append((x, x.new_empty(x.shape[:3], dtype=torch.int32), *x.stride()[:3], *x.shape[1:3]))
     rows = _rows_at_once(dim)
-    hash_kernel[(batch * (q.shape[1] + k.shape[1]), triton.cdiv(max(q.shape[2], k.shape[2]), rows))](
+    launch(hash_kernel, (batch * (q.shape[1] + k.shape[1]), triton.cdiv(max(q.shape[2], k.shape[2]), rows)),
         tuple(parts), directions.float().mT.contiguous(), batch, groups, half,
         D=dim, BLOCK_D=block_dim(dim), ROWS=rows,
     )  # fmt: skip
@@ -84,15 +84,15 @@ def launch_sort(
     sizes = (query_rows, query_length, key_length, chunks, n_buckets)
     constants = {"KEPT": query_buckets.dtype == torch.bool, "CHUNK": CHUNK}
     counts = query_order.new_empty((rows, n_buckets * chunks + 1))
-    count_kernel[(rows, chunks, triton.cdiv(n_buckets, BUCKETS_AT_ONCE))](
-        query_buckets, key_buckets, counts, *sizes, BUCKETS_AT_ONCE=BUCKETS_AT_ONCE, **constants, num_warps=1
-    )
+    launch(count_kernel, (rows, chunks, triton.cdiv(n_buckets, BUCKETS_AT_ONCE)),
+        query_buckets, key_buckets, counts, *sizes, BUCKETS_AT_ONCE=BUCKETS_AT_ONCE, **constants, num_warps=1,
+    )  # fmt: skip
     before = counts.cumsum(-1, dtype=torch.int32)
-    place_kernel[(rows, chunks)](
+    launch(place_kernel, (rows, chunks),
         query_buckets, key_buckets, before, query_order, key_order, query_count, key_count,
         *sizes, seeing_buckets, **constants, num_warps=1,
     )  # fmt: skip
-    range_kernel[(query_rows, triton.cdiv(query_length, QUERIES_AT_ONCE))](
+    launch(range_kernel, (query_rows, triton.cdiv(query_length, QUERIES_AT_ONCE)),
         query_buckets, query_order, key_order, before, start, stop, new_start, new_stop,
         *start.stride(), heads, heads // groups, *sizes, seeing_buckets, QUERIES=QUERIES_AT_ONCE, **constants,
     )  # fmt: skip
@@ -155,9 +155,9 @@ def _copy_rows(tensors, orders, counts, heads_apart, *, restore: bool) -> tuple[
     batch = tensors[0].shape[0]
     heads, lengths, dims = zip(*(x.shape[1:] for x in tensors), strict=True)
     rows = _rows_at_once(max(dims))
-    rows_kernel[(batch * sum(heads), triton.cdiv(max(lengths), rows))](
-        tuple(parts), batch, BLOCK_D=block_dim(max(dims)), ROWS=rows, RESTORE=restore
-    )
+    launch(rows_kernel, (batch * sum(heads), triton.cdiv(max(lengths), rows)),
+        tuple(parts), batch, BLOCK_D=block_dim(max(dims)), ROWS=rows, RESTORE=restore,
+    )  # fmt: skip
     return outputs
 
 

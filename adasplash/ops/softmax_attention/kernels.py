@@ -33,7 +33,7 @@ UNSEEING = tl.constexpr(float("inf"))  # kept for rows that see no key: all thei
 def softmax_forward_kernel(
     Q, K, V, START, STOP, SLOPES, QUERY_POSITION, KEY_POSITION, OUT, LSE, BLOCK_RANGE,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, range_b, range_h,
-    heads, ratio, query_length, key_length, blocks,
+    heads, ratio, query_length, row_stride, key_length, blocks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def softmax_forward_kernel(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     inside = row < query_length
-    at = bh.to(tl.int64) * query_length + row
+    at = bh.to(tl.int64) * row_stride + row
     range_at = b * range_b + h * range_h + row
     start = tl.load(START + range_at, mask=inside, other=0)
     stop = tl.load(STOP + range_at, mask=inside, other=0)
@@ -103,14 +103,14 @@ def softmax_forward_kernel(
     lse = tl.where(seeing, top + tl.log2(tl.where(seeing, total, 1.0)), UNSEEING)
     out_at = OUT + b * out_b + h * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
     tl.store(out_at, out.to(OUT.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
-    tl.store(LSE + at, lse, mask=inside)
+    tl.store(LSE + at, lse, mask=row < row_stride)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def softmax_backward_rows_kernel(
     Q, K, V, START, STOP, SLOPES, QUERY_POSITION, KEY_POSITION, OUT, LSE, D_OUT, DELTA, DQ,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, o_b, o_h, o_t, dq_b, dq_h, dq_t,
-    range_b, range_h, heads, ratio, query_length, key_length, blocks,
+    range_b, range_h, heads, ratio, query_length, row_stride, key_length, blocks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def softmax_backward_rows_kernel(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     inside = row < query_length
-    at = bh.to(tl.int64) * query_length + row
+    at = bh.to(tl.int64) * row_stride + row
     range_at = b * range_b + h * range_h + row
     start = tl.load(START + range_at, mask=inside, other=0)
     stop = tl.load(STOP + range_at, mask=inside, other=0)
@@ -176,11 +176,11 @@ def softmax_backward_rows_kernel(
     tl.store(dq_at, (dq * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & in_dim)
 
 
-@triton.jit(do_not_specialize=sizes_without("query_length", "range_b", "range_h"))
+@triton.jit(do_not_specialize=sizes_without("range_b", "range_h"))
 def softmax_backward_columns_kernel(
     Q, K, V, START, STOP, SLOPES, QUERY_POSITION, KEY_POSITION, BLOCK_RANGE, LSE, DELTA, D_OUT, DK, DV,
     scale, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    range_b, range_h, groups, ratio, query_length, key_length, blocks,
+    range_b, range_h, groups, ratio, query_length, row_stride, key_length, blocks,
     QUERY_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +233,7 @@ def softmax_backward_columns_kernel(
                 shift = (part * BLOCK_M).to(tl.int64)
                 q = load_tile(q_at + shift * q_t, in_dim, inside[:, None] if edges else None, D == BLOCK_D)
                 d_out = load_tile(o_at + shift * o_t, in_dim, inside[:, None] if edges else None, D == BLOCK_D)
-                at = bh * query_length + row
+                at = bh * row_stride + row
                 lse = load_per_row(LSE + at, inside, UNSEEING)
                 delta = load_per_row(DELTA + at, inside, 0.0)
                 query_position = row

@@ -7,7 +7,16 @@ import triton
 from torch import Tensor
 
 from ..key_range import KeyRange
-from ..launch import head_constants, kernel_operator, last_contiguous, tile_constants, with_equal_strides
+from ..launch import (
+    head_constants,
+    kernel_operator,
+    last_contiguous,
+    launch,
+    row_stride,
+    tile_constants,
+    with_equal_strides,
+    with_row_stride,
+)
 from ..range_attention import text_positions
 from ..tile_table import Tiles, softmax_tiles
 from .kernels import softmax_backward_columns_kernel, softmax_backward_rows_kernel, softmax_forward_kernel
@@ -16,7 +25,7 @@ from .kernels import softmax_backward_columns_kernel, softmax_backward_rows_kern
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, query_length, dim = q.shape
     blocks = triton.cdiv(query_length, softmax_tiles(dim, q.dtype, q.device)["forward"].block_m)
-    lse = q.new_empty((batch, heads, query_length), dtype=torch.float32)
+    lse = q.new_empty((batch, heads, row_stride(query_length)), dtype=torch.float32)
     return torch.empty_like(q), lse, q.new_empty((batch * heads, blocks, 4), dtype=torch.int32)
 
 
@@ -38,17 +47,17 @@ def softmax_attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, H, Tq, D); k, v (B, G, Tk, D); start, stop (B, H, Tq) int32, all of last stride 1; slopes (B, H) float32.
 
-    Returns out (as q), lse (B, H, Tq), the logarithm to base 2 of each row's sum, and block_range (B * H, blocks, 4).
+    Returns out (as q), lse (B, H, S), S the `row_stride` of Tq, the logarithm to base 2 of each row's sum, and block_range (B * H, blocks, 4).
     """
     batch, heads, query_length, dim = q.shape
     groups, key_length = k.shape[1:3]
     out, lse, block_range = _empty_outputs(q)
     blocks = block_range.shape[1]
     start, stop = with_equal_strides(start, stop)
-    softmax_forward_kernel[(blocks, heads, batch)](
+    launch(softmax_forward_kernel, (blocks, heads, batch),
         q, k, v, start, stop, slopes, query_position, key_position, out, lse, block_range,
         scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *start.stride()[:2],
-        heads, heads // groups, query_length, key_length, blocks,
+        heads, heads // groups, query_length, lse.shape[-1], key_length, blocks,
         **_constants(q, softmax_tiles(dim, q.dtype, q.device)["forward"], slopes),
     )  # fmt: skip
     return out, lse, block_range
@@ -87,15 +96,15 @@ def softmax_attention_backward(
     delta = torch.empty_like(lse)
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     blocks = triton.cdiv(query_length, tiles["rows"].block_m)
-    softmax_backward_rows_kernel[(blocks, heads, batch)](
+    launch(softmax_backward_rows_kernel, (blocks, heads, batch),
         q, k, v, start, stop, *positions, out, lse, d_out, delta, dq,
         scale, *inputs, *out.stride()[:3], *d_out.stride()[:3], *dq.stride()[:3], *ranges,
-        heads, ratio, query_length, key_length, blocks, **_constants(q, tiles["rows"], slopes),
+        heads, ratio, query_length, lse.shape[-1], key_length, blocks, **_constants(q, tiles["rows"], slopes),
     )  # fmt: skip
-    softmax_backward_columns_kernel[(triton.cdiv(key_length, tiles["columns"].block_n), groups, batch)](
+    launch(softmax_backward_columns_kernel, (triton.cdiv(key_length, tiles["columns"].block_n), groups, batch),
         q, k, v, start, stop, *positions, block_range, lse, delta, d_out, dk, dv,
         scale, *inputs, *d_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *ranges,
-        groups, ratio, query_length, key_length, block_range.shape[1],
+        groups, ratio, query_length, lse.shape[-1], key_length, block_range.shape[1],
         QUERY_BLOCK=tiles["forward"].block_m, **_constants(q, tiles["columns"], slopes),
     )  # fmt: skip
     return dq, dk, dv
@@ -160,7 +169,7 @@ def softmax_attention_kernels(
         slopes = alibi_slopes.to(q.device, torch.float32).reshape(-1, heads).expand(batch, heads).contiguous()
         if query_positions is None:
             query_positions, key_positions = text_positions(q, k)
-        query_positions = query_positions.int().contiguous()
+        query_positions = with_row_stride(query_positions.int())
         key_positions = key_positions.int().contiguous()
     else:
         query_positions = key_positions = None
