@@ -20,13 +20,15 @@ THRESHOLD_PAIRS = tl.constexpr(8)  # from so many pairs of each at a time: a thr
 
 @triton.jit
 def load_listed(LISTS, at, live, high):
-    """The numbers, int32, at places `at` of lists; 0 where not live. 16 bits of each, and as many `high` places further if that is not 0.
+    """The numbers, int32, at places `at` of lists; 0 where not live.
 
-    One kernel for numbers of either size, so that a longer sequence compiles nothing anew.
+    Of each, 16 bits lie there, and 16 more as many places further as `high` says, unless it is 0 or None. So a longer sequence
+    compiles nothing anew.
     """
     number = tl.load(LISTS + at, mask=live, other=0).to(tl.int32)
-    if high > 0:
-        number |= tl.load(LISTS + at + high, mask=live, other=0).to(tl.int32) << 16
+    if high is not None:
+        if high > 0:
+            number |= tl.load(LISTS + at + high, mask=live, other=0).to(tl.int32) << 16
     return number
 
 
@@ -34,8 +36,9 @@ def load_listed(LISTS, at, live, high):
 def store_listed(LISTS, at, number, live, high):
     """Stores what `load_listed` loads."""
     tl.store(LISTS + at, number, mask=live)
-    if high > 0:
-        tl.store(LISTS + at + high, number >> 16, mask=live)
+    if high is not None:
+        if high > 0:
+            tl.store(LISTS + at + high, number >> 16, mask=live)
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def pair_scores(q, k, scale, slope, query_position, key_position, HAS_ALIBI: tl.
 
 @triton.jit
 def find_thresholds(
-    KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, high_keys, query_length, bound_scale, r, FORMULA: tl.constexpr
+    KEYS, Z, FIRST, COUNT, BOUND, TAU, row, slab, high, query_length, bound_scale, r, FORMULA: tl.constexpr
 ):
     """TAU of rows (R,) of one head from the z of their candidates; those above it move up in KEYS and Z, COUNT becomes theirs.
 
@@ -109,12 +112,12 @@ def find_thresholds(
     kept = tl.zeros_like(count)
     for begin in range(0, most, THRESHOLD_PAIRS):
         live = begin + c < count[:, None]
-        key = load_listed(KEYS, at + begin, live, high_keys)
+        key = load_listed(KEYS, at + begin, live, high)
         z = tl.load(Z + at + begin, mask=live, other=float("-inf"))
         stay = (z > tau[:, None]).to(tl.int32)
         to = (first + kept)[:, None] + tl.cumsum(stay, 1) - stay
         tl.debug_barrier()  # all have read what is about to be overwritten
-        store_listed(KEYS, to, key, stay > 0, high_keys)
+        store_listed(KEYS, to, key, stay > 0, high)
         tl.store(Z + to, z, mask=stay > 0)
         kept += tl.sum(stay, 1)
     tl.store(TAU + row, tau, mask=inside)
@@ -138,71 +141,75 @@ def rows_forward_kernel(
     ROUGH: tl.constexpr = Q.dtype.element_ty != tl.float32
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
     block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
-    if tl.load(IN_TILES + bh * blocks + block) == 0:
-        b = (bh // heads).to(tl.int64)
-        h = bh % heads
-        group = (h // ratio).to(tl.int64)
-        d = tl.arange(0, BLOCK_D)
-        c = tl.arange(0, PAIRS)
-        alpha = tl.load(ALPHA + h).to(tl.float32)
-        r = 1.0 / (alpha - 1.0)
-        slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(SLOPES + bh)
-            KEY_POSITION += (b * (heads // ratio) + group) * key_length
-        K += b * k_b + group * k_h
-        V += b * v_b + group * v_h
-        slab = (bh.to(tl.int64) * blocks + block) * capacity
-        first_row = tl.program_id(0) * (TURNS * ROWS)
-        for turn in range(0, TURNS):
-            row = first_row + turn * ROWS + tl.arange(0, ROWS)
-            inside = row < query_length
-            at = bh.to(tl.int64) * row_stride + row
-            first, count = load_lists(FIRST, COUNT, at, inside, slab)
-            q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
-            query_position = row
+    on_lists = tl.load(IN_TILES + bh * blocks + block) == 0
+    # A body without high halves and one with them: to ask at every load would take 3 to 7 % of the time.
+    for WIDE in tl.static_range(2):
+        high = high_keys if WIDE else None
+        if on_lists & ((high_keys > 0) == WIDE):
+            b = (bh // heads).to(tl.int64)
+            h = bh % heads
+            group = (h // ratio).to(tl.int64)
+            d = tl.arange(0, BLOCK_D)
+            c = tl.arange(0, PAIRS)
+            alpha = tl.load(ALPHA + h).to(tl.float32)
+            r = 1.0 / (alpha - 1.0)
+            slope = 0.0
             if HAS_ALIBI:
-                query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
-            for begin in range(0, tl.max(count, 0), PAIRS):
-                live = (begin + c)[None, :] < count[:, None]
-                place = first[:, None] + (begin + c)[None, :]
-                key = load_listed(KEYS, place, live, high_keys)
-                k = gather(K, key, live, k_t, d, D, BLOCK_D)
-                key_position = key
+                slope = tl.load(SLOPES + bh)
+                positions = KEY_POSITION + (b * (heads // ratio) + group) * key_length
+            k_head = K + (b * k_b + group * k_h)
+            v_head = V + (b * v_b + group * v_h)
+            slab = (bh.to(tl.int64) * blocks + block) * capacity
+            first_row = tl.program_id(0) * (TURNS * ROWS)
+            for turn in range(0, TURNS):
+                row = first_row + turn * ROWS + tl.arange(0, ROWS)
+                inside = row < query_length
+                at = bh.to(tl.int64) * row_stride + row
+                first, count = load_lists(FIRST, COUNT, at, inside, slab)
+                q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
+                query_position = row
                 if HAS_ALIBI:
-                    key_position = tl.load(KEY_POSITION + key, mask=live, other=0)
-                z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
-                tl.store(Z + place, z * (alpha - 1.0), mask=live)
-        tl.debug_barrier()
+                    query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
+                for begin in range(0, tl.max(count, 0), PAIRS):
+                    live = (begin + c)[None, :] < count[:, None]
+                    place = first[:, None] + (begin + c)[None, :]
+                    key = load_listed(KEYS, place, live, high)
+                    k = gather(k_head, key, live, k_t, d, D, BLOCK_D)
+                    key_position = key
+                    if HAS_ALIBI:
+                        key_position = tl.load(positions + key, mask=live, other=0)
+                    z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
+                    tl.store(Z + place, z * (alpha - 1.0), mask=live)
+            tl.debug_barrier()
 
-        head = bh.to(tl.int64) * row_stride
-        for begin in range(0, TURNS * ROWS, THRESHOLD_ROWS):
-            find_thresholds(
-                KEYS, Z, FIRST + head, COUNT + head, BOUND + head, TAU + head,
-                first_row + begin + tl.arange(0, THRESHOLD_ROWS), slab, high_keys, query_length, (alpha - 1.0) * scale, r, FORMULA,
-            )  # fmt: skip
-        tl.debug_barrier()
+            head = bh.to(tl.int64) * row_stride
+            for begin in range(0, TURNS * ROWS, THRESHOLD_ROWS):
+                find_thresholds(
+                    KEYS, Z, FIRST + head, COUNT + head, BOUND + head, TAU + head,
+                    first_row + begin + tl.arange(0, THRESHOLD_ROWS), slab, high, query_length, (alpha - 1.0) * scale, r, FORMULA,
+                )  # fmt: skip
+            tl.debug_barrier()
 
-        for turn in range(0, TURNS):
-            row = first_row + turn * ROWS + tl.arange(0, ROWS)
-            inside = row < query_length
-            at = bh.to(tl.int64) * row_stride + row
-            first, count = load_lists(FIRST, COUNT, at, inside, slab)
-            tau = tl.load(TAU + at, mask=inside, other=0.0)
-            bound = tl.load(BOUND + at, mask=inside, other=0.0)
-            out = tl.zeros((ROWS, BLOCK_D), tl.float32)
-            for begin in range(0, tl.max(count, 0), PAIRS):
-                live = (begin + c)[None, :] < count[:, None]
-                place = first[:, None] + (begin + c)[None, :]
-                key = load_listed(KEYS, place, live, high_keys)
-                z = tl.load(Z + place, mask=live, other=float("-inf"))
-                p, _ = entmax_weights(z - tau[:, None], r, FORMULA, ROUGH)
-                v = gather(V, key, live, v_t, d, D, BLOCK_D)
-                out += tl.sum(p[:, :, None] * v, 1)
-            out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
-            to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
-            full = inside[:, None] & (d < D)[None, :]
-            tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
+            for turn in range(0, TURNS):
+                row = first_row + turn * ROWS + tl.arange(0, ROWS)
+                inside = row < query_length
+                at = bh.to(tl.int64) * row_stride + row
+                first, count = load_lists(FIRST, COUNT, at, inside, slab)
+                tau = tl.load(TAU + at, mask=inside, other=0.0)
+                bound = tl.load(BOUND + at, mask=inside, other=0.0)
+                out = tl.zeros((ROWS, BLOCK_D), tl.float32)
+                for begin in range(0, tl.max(count, 0), PAIRS):
+                    live = (begin + c)[None, :] < count[:, None]
+                    place = first[:, None] + (begin + c)[None, :]
+                    key = load_listed(KEYS, place, live, high)
+                    z = tl.load(Z + place, mask=live, other=float("-inf"))
+                    p, _ = entmax_weights(z - tau[:, None], r, FORMULA, ROUGH)
+                    v = gather(v_head, key, live, v_t, d, D, BLOCK_D)
+                    out += tl.sum(p[:, :, None] * v, 1)
+                out = tl.where((bound == bound)[:, None], out, float("nan"))  # scores that are not finite
+                to = b * out_b + h.to(tl.int64) * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
+                full = inside[:, None] & (d < D)[None, :]
+                tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=full)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -216,73 +223,77 @@ def rows_backward_kernel(
 ):  # fmt: skip
     """dq and delta = sum u dP / sum u for ROWS queries, TURNS times; counts the pairs of each key in COLUMN_COUNT.
 
-    DQ and OUT have strides dq_*. D_ALPHA (B, H, Tq): the row's share of the gradient for alpha.
+    DQ and OUT have strides dq_*. D_ALPHA (B, H, S): the row's share of the gradient for alpha.
     """
     bh = program_head()
     ROUGH: tl.constexpr = Q.dtype.element_ty != tl.float32
     tl.static_assert(BLOCK_M % (TURNS * ROWS) == 0, "all rows of a program belong to one block")
     block = tl.program_id(0) * (TURNS * ROWS) // BLOCK_M
-    if tl.load(IN_TILES + bh * blocks + block) == 0:
-        b = (bh // heads).to(tl.int64)
-        h = bh % heads
-        group = (h // ratio).to(tl.int64)
-        d = tl.arange(0, BLOCK_D)
-        c = tl.arange(0, PAIRS)
-        alpha = tl.load(ALPHA + h).to(tl.float32)
-        r = 1.0 / (alpha - 1.0)
-        slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(SLOPES + bh)
-            KEY_POSITION += (b * (heads // ratio) + group) * key_length
-        K += b * k_b + group * k_h
-        V += b * v_b + group * v_h
-        COLUMN_COUNT += (b * (heads // ratio) + group) * key_length
-        for turn in range(0, TURNS):
-            row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
-            inside = row < query_length
-            at = bh.to(tl.int64) * row_stride + row
-            slab = (bh.to(tl.int64) * blocks + block) * capacity
-            first, count = load_lists(FIRST, COUNT, at, inside, slab)
-            tau = tl.load(TAU + at, mask=inside, other=0.0)
-            q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
-            d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D).to(tl.float32)
-            like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
-            out = load_tile(OUT + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
-            near = near_delta(d_out, out)
-            query_position = row
+    on_lists = tl.load(IN_TILES + bh * blocks + block) == 0
+    # A body without high halves and one with them: to ask at every load would take 3 to 7 % of the time.
+    for WIDE in tl.static_range(2):
+        high = high_keys if WIDE else None
+        if on_lists & ((high_keys > 0) == WIDE):
+            b = (bh // heads).to(tl.int64)
+            h = bh % heads
+            group = (h // ratio).to(tl.int64)
+            d = tl.arange(0, BLOCK_D)
+            c = tl.arange(0, PAIRS)
+            alpha = tl.load(ALPHA + h).to(tl.float32)
+            r = 1.0 / (alpha - 1.0)
+            slope = 0.0
             if HAS_ALIBI:
-                query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
-            dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
-            k_mean = tl.zeros((ROWS, BLOCK_D), tl.float32)
-            u_sum = tl.zeros((ROWS,), tl.float32)
-            delta = tl.zeros((ROWS,), tl.float32)
-            w_sum = tl.zeros((ROWS,), tl.float32)
-            w_dp = tl.zeros((ROWS,), tl.float32)
-            for begin in range(0, tl.max(count, 0), PAIRS):
-                live = (begin + c)[None, :] < count[:, None]
-                key = load_listed(KEYS, first[:, None] + (begin + c)[None, :], live, high_keys)
-                k = gather(K, key, live, k_t, d, D, BLOCK_D)
-                v = gather(V, key, live, v_t, d, D, BLOCK_D)
-                key_position = key
+                slope = tl.load(SLOPES + bh)
+                positions = KEY_POSITION + (b * (heads // ratio) + group) * key_length
+            k_head = K + (b * k_b + group * k_h)
+            v_head = V + (b * v_b + group * v_h)
+            column_count = COLUMN_COUNT + (b * (heads // ratio) + group) * key_length
+            for turn in range(0, TURNS):
+                row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
+                inside = row < query_length
+                at = bh.to(tl.int64) * row_stride + row
+                slab = (bh.to(tl.int64) * blocks + block) * capacity
+                first, count = load_lists(FIRST, COUNT, at, inside, slab)
+                tau = tl.load(TAU + at, mask=inside, other=0.0)
+                q = load_rows(Q, b, h, row, inside, q_b, q_h, q_t, d, D, BLOCK_D).to(tl.float32)
+                d_out = load_rows(D_OUT, b, h, row, inside, o_b, o_h, o_t, d, D, BLOCK_D).to(tl.float32)
+                like_q = b * dq_b + h.to(tl.int64) * dq_h + row[:, None].to(tl.int64) * dq_t + d[None, :]
+                out = load_tile(OUT + like_q, d[None, :] < D, inside[:, None], D == BLOCK_D)
+                near = near_delta(d_out, out)
+                query_position = row
                 if HAS_ALIBI:
-                    key_position = tl.load(KEY_POSITION + key, mask=live, other=0)
-                z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
-                distance = tl.where(live, z * (alpha - 1.0) - tau[:, None], 0.0)
-                p, u = entmax_weights(distance, r, FORMULA, ROUGH)
-                dp = tl.sum(d_out[:, None, :] * v, 2) - near[:, None]
-                dq += tl.sum((u * dp)[:, :, None] * k, 1)
-                k_mean += tl.sum(u[:, :, None] * k, 1)
-                u_sum += tl.sum(u, 1)
-                delta += tl.sum(u * dp, 1)
-                tl.atomic_add(COLUMN_COUNT + key, 1, mask=live, sem="relaxed")
+                    query_position = tl.load(QUERY_POSITION + at, mask=inside, other=0)
+                dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
+                k_mean = tl.zeros((ROWS, BLOCK_D), tl.float32)
+                u_sum = tl.zeros((ROWS,), tl.float32)
+                delta = tl.zeros((ROWS,), tl.float32)
+                w_sum = tl.zeros((ROWS,), tl.float32)
+                w_dp = tl.zeros((ROWS,), tl.float32)
+                for begin in range(0, tl.max(count, 0), PAIRS):
+                    live = (begin + c)[None, :] < count[:, None]
+                    key = load_listed(KEYS, first[:, None] + (begin + c)[None, :], live, high)
+                    k = gather(k_head, key, live, k_t, d, D, BLOCK_D)
+                    v = gather(v_head, key, live, v_t, d, D, BLOCK_D)
+                    key_position = key
+                    if HAS_ALIBI:
+                        key_position = tl.load(positions + key, mask=live, other=0)
+                    z = pair_scores(q[:, None, :], k, scale, slope, query_position[:, None], key_position, HAS_ALIBI)
+                    distance = tl.where(live, z * (alpha - 1.0) - tau[:, None], 0.0)
+                    p, u = entmax_weights(distance, r, FORMULA, ROUGH)
+                    dp = tl.sum(d_out[:, None, :] * v, 2) - near[:, None]
+                    dq += tl.sum((u * dp)[:, :, None] * k, 1)
+                    k_mean += tl.sum(u[:, :, None] * k, 1)
+                    u_sum += tl.sum(u, 1)
+                    delta += tl.sum(u * dp, 1)
+                    tl.atomic_add(column_count + key, 1, mask=live, sem="relaxed")
+                    if ALPHA_GRADIENT:
+                        w = alpha_weights(p, distance, ROUGH)
+                        w_sum += tl.sum(w, 1)
+                        w_dp += tl.sum(w * dp, 1)
+                delta = delta / tl.where(u_sum > 0.0, u_sum, 1.0)
+                dq = (dq - delta[:, None] * k_mean) * scale
+                full = inside[:, None] & (d < D)[None, :]
+                tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
+                tl.store(DELTA + at, delta + near, mask=inside)
                 if ALPHA_GRADIENT:
-                    w = alpha_weights(p, distance, ROUGH)
-                    w_sum += tl.sum(w, 1)
-                    w_dp += tl.sum(w * dp, 1)
-            delta = delta / tl.where(u_sum > 0.0, u_sum, 1.0)
-            dq = (dq - delta[:, None] * k_mean) * scale
-            full = inside[:, None] & (d < D)[None, :]
-            tl.store(DQ + like_q, dq.to(DQ.dtype.element_ty), mask=full)
-            tl.store(DELTA + at, delta + near, mask=inside)
-            if ALPHA_GRADIENT:
-                tl.store(D_ALPHA + at, (w_dp - delta * w_sum) * (128.0 * r * r), mask=inside)
+                    tl.store(D_ALPHA + at, (w_dp - delta * w_sum) * (128.0 * r * r), mask=inside)
