@@ -9,7 +9,7 @@ from adasplash.ops.checks import resolve_key_range
 from adasplash.ops.range_attention import range_attention, text_positions
 
 operator = pytest.importorskip("adasplash.ops.entmax_attention.operator", reason="needs triton")
-is_compiling = pytest.importorskip("adasplash.ops.launch", reason="needs triton").is_compiling
+is_compiling = pytest.importorskip("adasplash.ops.kernel_operator", reason="needs triton").is_compiling
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS = [
     pytest.mark.skipif(DEVICE == "cpu" and not operator.INTERPRETED, reason="needs a GPU or Triton's interpreter"),

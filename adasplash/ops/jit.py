@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 # Sizes of a call, which kernels are compiled without looking at: other lengths, batches and numbers of heads compile nothing
-# anew. Strides do count, since aligned rows are loaded in wider pieces; those of aligned head dims always are.
+# anew. Strides of rows do count, since aligned rows are loaded in wider pieces; those of head dims that are multiples of 16 always
+# are. So does the number of heads that share a key head.
 SIZES = (
     "batch",
     "batch_heads",
@@ -32,7 +33,7 @@ IN_PYTHON = tl.constexpr(INTERPRETED)
 
 
 def sizes_without(*aligned: str) -> list[str]:
-    """SIZES for a kernel that loads wider pieces of what has so many entries, where that is a multiple of 16."""
+    """SIZES for a kernel that loads wider pieces where these are multiples of 16, which its operator may see to."""
     return [size for size in SIZES if size not in aligned]
 
 

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
-
 import torch
-import triton
 from torch import Tensor
 
-from .jit import INTERPRETED
 from .tile_table import Tiles, block_dim
-from .torch_operator import torch_operator
 
 # Which formula a kernel is built for: p = d ** r with d = z - tau and r = 1 / (alpha - 1). The number is r, where products are enough.
 GENERAL = 0  # any 1 < alpha <= 2, read from a tensor
@@ -26,78 +17,6 @@ QUARTIC = 4  # alpha = 1.25
 def formula_of(alpha: float | None) -> int:
     """The kernels' formula for a known alpha; None: alpha is only known on the GPU."""
     return {1.25: QUARTIC, 1.5: QUADRATIC, 2.0: LINEAR}.get(alpha, GENERAL)
-
-
-_compiling: ContextVar[set | None] = ContextVar("compiling", default=None)  # the kernels, while `compile_together` runs
-_compiled: set[tuple] = set()  # variants of operators, as `_variant` tells them apart
-
-
-def is_compiling() -> bool:
-    """Whether `compile_together` runs, so that nothing is computed."""
-    return _compiling.get() is not None
-
-
-def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """`kernel[grid](*arguments, **constants)`; while `compile_together` runs, the kernel is compiled only."""
-    if is_compiling():
-        _compiling.get().add(kernel.warmup(*arguments, grid=grid, **constants))
-    else:
-        kernel[grid](*arguments, **constants)
-
-
-@contextlib.contextmanager
-def compile_together(device: torch.device):
-    """What is launched within is only compiled and loaded, all at once: it takes not much longer than the slowest kernel.
-
-    A kernel that cannot be compiled says so when it is launched.
-    """
-
-    def load(kernel):
-        with torch.cuda.device(device):
-            kernel = kernel.result() if hasattr(kernel, "result") else kernel
-            return kernel.run  # some versions of Triton compile now what starts the kernel, for another half second
-
-    compiling = set()
-    with ThreadPoolExecutor() as threads:
-        with triton.AsyncCompileMode(threads, ignore_errors=True):
-            before = _compiling.set(compiling)
-            try:
-                yield
-            finally:
-                _compiling.reset(before)
-        threads.map(load, compiling)
-
-
-def _variant(name: str, arguments: tuple) -> tuple:
-    """What decides which kernels an operator needs, nearly; those that differ by less are compiled when they are launched."""
-    first = arguments[0]
-    of_arguments = (x.dtype if isinstance(x, Tensor) else str(x) for x in arguments)
-    return name, first.device, first.shape[-1], *of_arguments
-
-
-def kernel_operator(name: str, follow_up: Callable | None = None) -> Callable:
-    """Decorator: registers a function that launches kernels as the torch operator `name`; on CPU for the interpreter alone.
-
-    Before a first call its kernels are compiled together, with those that `follow_up(arguments, outputs)` launches.
-    """
-
-    def register(function):
-        @functools.wraps(function)
-        def once_compiled(*arguments):
-            if not INTERPRETED and not is_compiling():
-                variant = _variant(name, arguments)
-                if variant not in _compiled:
-                    _compiled.add(variant)
-                    with compile_together(arguments[0].device):
-                        outputs = function(*arguments)
-                        if follow_up is not None:
-                            follow_up(arguments, outputs)
-                        del outputs
-            return function(*arguments)
-
-        return torch_operator(name, None if INTERPRETED else "cuda")(once_compiled)
-
-    return register
 
 
 def last_contiguous(x: Tensor) -> Tensor:
@@ -113,15 +32,26 @@ def row_stride(length: int) -> int:
 
 
 def with_row_stride(x: Tensor) -> Tensor:
-    """x (B, H, Tq) with the `row_stride` of kernels, (B, H, S)."""
-    return torch.nn.functional.pad(x, (0, row_stride(x.shape[-1]) - x.shape[-1])).contiguous()
+    """x (B, H, Tq) with the `row_stride` of kernels, contiguous (B, H, S)."""
+    missing = row_stride(x.shape[-1]) - x.shape[-1]
+    return (torch.nn.functional.pad(x, (0, missing)) if missing else x).contiguous()
 
 
 def with_equal_strides(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-    """The two ends of key ranges, (B, H, Tq), such that one set of strides serves both in a kernel, multiples of 16; copied if need be."""
-    if start.stride() == stop.stride() and not any(stride % 16 for stride in start.stride()[:2]):
-        return start, stop
-    return with_row_stride(start), with_row_stride(stop)
+    """The two ends of key ranges, (B, H, Tq), such that one set of strides serves both in a kernel."""
+    return (start, stop) if start.stride() == stop.stride() else (start.contiguous(), stop.contiguous())
+
+
+def with_wide_strides(x: Tensor) -> Tensor:
+    """One end of key ranges, (B, H, Tq), with strides that are multiples of 16, so that kernels load wide pieces of it.
+
+    Where they are not, (B, H, S), and expanded dims stay so.
+    """
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True)]
+    if not any(stride % 16 for stride in strides):
+        return x.as_strided(x.shape, (*strides, 1))
+    once = [slice(None) if stride else slice(1) for stride in strides]
+    return with_row_stride(x[tuple(once)]).expand(*x.shape[:2], -1)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

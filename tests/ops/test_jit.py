@@ -116,6 +116,7 @@ entmax._slots = lambda device, warps: 264
 
 def launch(batch, heads, length):
     q, k, v, d_out = torch.randn(4, batch, length, heads, 64).bfloat16().transpose(2, 3).unbind()
+    # The ends of ranges begin at multiples of 16 bytes, as new tensors do.
     common = (q, k, v, *(torch.zeros(batch, heads, length, dtype=torch.int32) for _ in range(2)))
     alpha = torch.full((heads,), 1.5)
     room = entmax._keys_per_query(q, length)

@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import GENERAL, formula_of, kernel_operator, last_contiguous, launch
+from ..kernel_operator import kernel_operator, launch
+from ..launch import GENERAL, formula_of, last_contiguous
 from .kernels import entmax_backward_kernel, entmax_kernel
 
 # The forward holds rows of up to this many entries in registers; longer ones, and all in the backward, are swept in memory,

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from ..announce import announce
 from ..jit import INTERPRETED
+from ..kernel_operator import kernel_operator, launch
 from ..key_range import KeyRange
 from ..launch import (
     GENERAL,
     formula_of,
     head_constants,
-    kernel_operator,
     last_contiguous,
-    launch,
     row_stride,
     tile_constants,
     with_equal_strides,
     with_row_stride,
+    with_wide_strides,
 )
 from ..tile_table import ListShape, Tiles, block_dim, entmax_tiles, list_shapes
 from .collect import collect_kernel, key_norm_kernel
@@ -102,7 +102,10 @@ class Forward(NamedTuple):
 
 
 def _need_high_halves(numbers: int) -> bool:
-    """Whether 16 bits are too few for so many different numbers. Lists are most of what forward keeps besides its arguments and `out`."""
+    """Whether 16 bits are too few for so many different numbers.
+
+    More are not spent on all, for lists are most of what forward keeps besides its arguments and `out`.
+    """
     return numbers > 2**16
 
 
@@ -264,7 +267,7 @@ def entmax_attention_backward(
     high_queries = places * _need_high_halves(ratio * query_length)
     common = head_constants(q, slopes) | {"FORMULA": formula}
     positions = (slopes, query_position, key_position)
-    start, stop = with_equal_strides(start, stop)
+    start, stop = map(with_wide_strides, with_equal_strides(start, stop))
     ranges = (start.stride(0), start.stride(1))
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
     dq, dk, dv = torch.empty_like(out), torch.empty_like(k), torch.empty_like(v)  # dq with the strides of out

@@ -20,7 +20,7 @@ def count_support_kernel(
     scale, q_b, q_h, q_t, k_b, k_h, k_t, range_b, range_h, heads, ratio, query_length, row_stride, key_length, blocks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """SUPPORT (B, H, Tq): keys with weight; ACTIVE (B * H, blocks): TILE x TILE tiles of the block that hold one."""
+    """SUPPORT (B, H, S): keys with weight; ACTIVE (B * H, blocks): TILE x TILE tiles of the block that hold one."""
     block = tl.program_id(0)
     bh = program_head()
     b = (bh // heads).to(tl.int64)

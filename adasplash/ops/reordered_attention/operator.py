@@ -11,8 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ..kernel_operator import kernel_operator, launch
 from ..key_range import KeyRange
-from ..launch import kernel_operator, last_contiguous, launch, with_equal_strides
+from ..launch import last_contiguous, with_equal_strides
 from ..tile_table import block_dim
 from .kernels import count_kernel, hash_kernel, place_kernel, range_kernel, rows_kernel
 from .reference import Reordering

@@ -6,16 +6,16 @@ import torch
 import triton
 from torch import Tensor
 
+from ..kernel_operator import kernel_operator, launch
 from ..key_range import KeyRange
 from ..launch import (
     head_constants,
-    kernel_operator,
     last_contiguous,
-    launch,
     row_stride,
     tile_constants,
     with_equal_strides,
     with_row_stride,
+    with_wide_strides,
 )
 from ..range_attention import text_positions
 from ..tile_table import Tiles, softmax_tiles
@@ -47,7 +47,9 @@ def softmax_attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, H, Tq, D); k, v (B, G, Tk, D); start, stop (B, H, Tq) int32, all of last stride 1; slopes (B, H) float32.
 
-    Returns out (as q), lse (B, H, S), S the `row_stride` of Tq, the logarithm to base 2 of each row's sum, and block_range (B * H, blocks, 4).
+    query_position (B, H, S), S the `row_stride` of Tq, and key_position (B, G, Tk) int32.
+
+    Returns out (as q), lse (B, H, S), the logarithm to base 2 of each row's sum, and block_range (B * H, blocks, 4).
     """
     batch, heads, query_length, dim = q.shape
     groups, key_length = k.shape[1:3]
@@ -90,7 +92,7 @@ def softmax_attention_backward(
     ratio = heads // groups
     tiles = softmax_tiles(dim, q.dtype, q.device)
     positions = (slopes, query_position, key_position)
-    start, stop = with_equal_strides(start, stop)
+    start, stop = map(with_wide_strides, with_equal_strides(start, stop))
     ranges = start.stride()[:2]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
