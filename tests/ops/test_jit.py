@@ -1,9 +1,5 @@
 """What kernels share, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1)."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import triton
@@ -77,69 +73,3 @@ def test_lists_hold_numbers_of_either_size(device):
     assert two.tolist() == [*low, 9, 9, *high, 9, 9]
     copy_listed_kernel[(1,)](two, one, 6, 8, 0, AT_ONCE=8)
     assert one.tolist() == [*low, 9, 9]
-
-
-SPECIALIZE = """
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
-from triton.runtime.jit import JITFunction, create_function_from_signature
-from adasplash.ops.entmax_attention import operator as entmax
-from adasplash.ops.softmax_attention import operator as softmax
-
-variants = {}
-backend = CUDABackend(GPUTarget("cuda", 90, 32))
-
-
-class Recorder:
-    def __init__(self, kernel):
-        self.name = kernel.fn.__name__
-        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-
-    def __getitem__(self, grid):
-        return self
-
-    def warmup(self, *args, grid, **options):
-        pass
-
-    def __call__(self, *args, **options):
-        variants.setdefault(self.name, set()).add(str(self.bind(*args, **options)[1]))
-
-
-for module in (entmax, softmax):
-    for name, value in vars(module).items():
-        if isinstance(value, JITFunction):
-            setattr(module, name, Recorder(value))
-entmax._slots = lambda device, warps: 264
-
-
-def launch(batch, heads, length):
-    q, k, v, d_out = torch.randn(4, batch, length, heads, 64).bfloat16().transpose(2, 3).unbind()
-    # The ends of ranges begin at multiples of 16 bytes, as new tensors do.
-    common = (q, k, v, *(torch.zeros(batch, heads, length, dtype=torch.int32) for _ in range(2)))
-    alpha = torch.full((heads,), 1.5)
-    room = entmax._keys_per_query(q, length)
-    saved = entmax.entmax_attention_forward._init_fn(*common, alpha, None, None, None, 0.125, 2, room)
-    saved = (alpha, None, None, None, *saved)
-    entmax.entmax_attention_backward._init_fn(d_out, *common, *saved, 0.125, 2, room, False)
-    saved = (None, None, None, *softmax.softmax_attention_forward._init_fn(*common, None, None, None, 0.125))
-    softmax.softmax_attention_backward._init_fn(d_out, *common, *saved, 0.125)
-
-
-launch(2, 12, 256)
-first = {name: set(found) for name, found in variants.items()}
-for sizes in ((1, 1, 1), (1, 1, 16), (2, 12, 250), (1, 12, 1024), (16, 5, 48), (1, 1, 65552)):
-    launch(*sizes)
-print("anew", *sorted(name for name in variants if variants[name] != first[name]), flush=True)
-print(len(variants))
-"""
-
-
-def test_other_sizes_compile_nothing_anew(tmp_path):
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", SPECIALIZE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    anew, kernels = done.stdout.splitlines()
-    assert anew == "anew" and int(kernels) >= 15
