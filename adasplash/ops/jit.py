@@ -1,4 +1,4 @@
-"""Small pieces that several kernels share; launch.py has what their operators share."""
+"""Small pieces that several kernels share; launch_arguments.py has what their operators share."""
 
 from __future__ import annotations
 
@@ -88,12 +88,6 @@ def load_per_row(pointers, inside, outside):
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=inside, other=outside)
-
-
-@triton.jit
-def room_for_keys(capacity, few_keys, scores_per_key, rows, visible):
-    """How many keys the lists of a block may hold that sees so many; more are faster in tile mode, though the slab has room."""
-    return tl.minimum(capacity, rows * (few_keys + visible // scores_per_key))
 
 
 @triton.jit

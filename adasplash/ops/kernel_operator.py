@@ -47,7 +47,7 @@ def compile_together(launching: Callable[[], None], device: torch.device) -> Non
     def load(kernel):
         with torch.cuda.device(device):
             kernel = kernel.result() if hasattr(kernel, "result") else kernel
-            return kernel.run  # Triton 3.6 compiles here what starts the kernel, for another half second
+            return kernel.run  # Triton 3.6 compiles here what starts the kernel, for another third of a second
 
     with ThreadPoolExecutor() as threads:
         # In a context of its own: Triton 3.6 does not leave its mode when it is interrupted, and the caller may be in one.

@@ -1,4 +1,4 @@
-"""What the operators share that launch kernels; jit.py has what the kernels share."""
+"""What operators make of their arguments for kernels: strides, formulas, constants. kernel_operator.py launches them."""
 
 from __future__ import annotations
 

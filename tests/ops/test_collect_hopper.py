@@ -27,7 +27,7 @@ if not alibi:
     constants |= dict(SLOPES=None, QUERY_POSITION=None, KEY_POSITION=None)
 layout = gl.NVMMASharedLayout.get_default_for([1, 1, block_n, block_dim], gl.bfloat16)
 types = dict(Q="*bf16", K=f"tensordesc<bf16[1, 1, {block_n}, {block_dim}],{layout!r}>", ALPHA="*fp32", SLOPES="*fp32")
-types |= dict(BOUND="*fp32", scale="fp32")
+types |= dict(BOUND="*fp32", scale="fp32", high_keys="i64")
 names = kernel.arg_names
 signature = {name: types.get(name, "*i32" if name.isupper() else "i32") for name in names}
 signature |= dict.fromkeys(constants, "constexpr")

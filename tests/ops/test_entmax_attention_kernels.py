@@ -28,7 +28,9 @@ from adasplash.ops.checks import resolve_key_range
 from adasplash.ops.range_attention import range_attention, text_positions
 from adasplash.ops.tile_table import entmax_tiles, list_shapes
 
-THRESHOLD_ROWS = pytest.importorskip("adasplash.ops.entmax_attention.lists").THRESHOLD_ROWS.value
+lists = pytest.importorskip("adasplash.ops.entmax_attention.lists", reason="needs triton")
+triton, tl = lists.triton, lists.tl
+load_listed, store_listed, THRESHOLD_ROWS = lists.load_listed, lists.store_listed, lists.THRESHOLD_ROWS.value
 pytestmark = NEEDS
 
 
@@ -263,6 +265,22 @@ def test_lists_of_either_size(large, monkeypatch):
     take("lists", monkeypatch)
     monkeypatch.setattr(operator, "_need_high_halves", lambda numbers: numbers in large)
     compare(*inputs(1, 3, 1, 70, 75, 16))
+
+
+@triton.jit
+def copy_listed_kernel(FROM, TO, count, high_from, high_to, AT_ONCE: tl.constexpr):
+    at = tl.arange(0, AT_ONCE)
+    store_listed(TO, at, load_listed(FROM, at, at < count, high_from), at < count, high_to)
+
+
+def test_lists_hold_numbers_of_either_size():
+    low, high = [0, 1, 65535, 0, 65535, 7], [0, 0, 0, 1, 32767, 0]
+    numbers = torch.tensor([*low, *high], device=DEVICE).to(torch.uint16)
+    two, one = (torch.full((size,), 9, dtype=torch.uint16, device=DEVICE) for size in (16, 8))
+    copy_listed_kernel[(1,)](numbers, two, 6, 6, 8, AT_ONCE=8)
+    assert two.tolist() == [*low, 9, 9, *high, 9, 9]
+    copy_listed_kernel[(1,)](two, one, 6, 8, 0, AT_ONCE=8)
+    assert one.tolist() == [*low, 9, 9]
 
 
 def test_slabs_have_no_room_that_is_not_used():

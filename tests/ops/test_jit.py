@@ -5,7 +5,6 @@ import torch
 import triton
 import triton.language as tl
 
-from adasplash.ops.entmax_attention.lists import load_listed, store_listed
 from adasplash.ops.jit import INTERPRETED, seeing_blocks
 
 pytestmark = pytest.mark.skipif(
@@ -57,19 +56,3 @@ def test_query_blocks_that_see_a_tile_of_keys(kind, listed, device):
         if runs:
             assert full_lo == runs[0] and full[full_lo:full_hi].all()
             assert full_hi == hi or not full[full_hi]
-
-
-@triton.jit
-def copy_listed_kernel(FROM, TO, count, high_from, high_to, AT_ONCE: tl.constexpr):
-    at = tl.arange(0, AT_ONCE)
-    store_listed(TO, at, load_listed(FROM, at, at < count, high_from), at < count, high_to)
-
-
-def test_lists_hold_numbers_of_either_size(device):
-    low, high = [0, 1, 65535, 0, 65535, 7], [0, 0, 0, 1, 32767, 0]
-    numbers = torch.tensor([*low, *high], device=device).to(torch.uint16)
-    two, one = (torch.full((size,), 9, dtype=torch.uint16, device=device) for size in (16, 8))
-    copy_listed_kernel[(1,)](numbers, two, 6, 6, 8, AT_ONCE=8)
-    assert two.tolist() == [*low, 9, 9, *high, 9, 9]
-    copy_listed_kernel[(1,)](two, one, 6, 8, 0, AT_ONCE=8)
-    assert one.tolist() == [*low, 9, 9]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-kernel_operator = pytest.importorskip("adasplash.ops.kernel_operator", reason="needs triton")
-triton = kernel_operator.triton
+triton = pytest.importorskip("triton")
+kernel_operator = pytest.importorskip("adasplash.ops.kernel_operator")
 launch, is_compiling = kernel_operator.launch, kernel_operator.is_compiling
 CPU = torch.device("cpu")
 

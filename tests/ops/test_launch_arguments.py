@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-launch = pytest.importorskip("adasplash.ops.launch", reason="needs triton")
+launch_arguments = pytest.importorskip("adasplash.ops.launch_arguments", reason="needs triton")
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ launch = pytest.importorskip("adasplash.ops.launch", reason="needs triton")
 )
 def test_ends_of_ranges_in_wide_pieces(shape, expanded, copied):
     x = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).view(shape).expand(expanded)
-    wide = launch.with_wide_strides(x)
+    wide = launch_arguments.with_wide_strides(x)
     assert (wide.data_ptr() != x.data_ptr()) == copied
     assert torch.equal(wide[..., : x.shape[2]], x) and wide.stride(2) == 1
     assert not any(stride % 16 for stride in wide.stride()[:2])
@@ -27,6 +27,6 @@ def test_ends_of_ranges_in_wide_pieces(shape, expanded, copied):
 
 def test_positions_with_the_stride_of_rows():
     x = torch.arange(2 * 3 * 20, dtype=torch.int32).view(2, 3, 20)
-    padded = launch.with_row_stride(x)
+    padded = launch_arguments.with_row_stride(x)
     assert padded.shape == (2, 3, 32) and padded.is_contiguous() and torch.equal(padded[..., :20], x)
-    assert launch.with_row_stride(padded) is padded
+    assert launch_arguments.with_row_stride(padded) is padded

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ..kernel_operator import kernel_operator, launch
-from ..launch import GENERAL, formula_of, last_contiguous
+from ..launch_arguments import GENERAL, formula_of, last_contiguous
 from .kernels import entmax_backward_kernel, entmax_kernel
 
 # The forward holds rows of up to this many entries in registers; longer ones, and all in the backward, are swept in memory,
@@ -27,7 +27,7 @@ def _empty_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @kernel_operator("adasplash::entmax")
 def entmax_forward(x: Tensor, alpha: Tensor, formula: int) -> tuple[Tensor, Tensor]:
-    """x (R, n), bfloat16, float16 or float32, last stride 1; alpha (R,) float32; formula as in `jit`.
+    """x (R, n), bfloat16, float16 or float32, last stride 1; alpha (R,) float32; formula from `formula_of`.
 
     Returns p (R, n) in x's dtype, and the rows' thresholds (R, 3) in float32, in the parts that `entmax_kernel` explains.
     """

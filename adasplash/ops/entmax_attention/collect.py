@@ -22,7 +22,6 @@ from ..jit import (
     max_or_nan,
     popcount,
     program_head,
-    room_for_keys,
     score_tile,
     store_block_range,
     visible_tiles,
@@ -70,6 +69,12 @@ def raise_bound(bound, slope, tile_top, z_scale, r, FORMULA: tl.constexpr):
     bound = tl.where(afresh, alone, bound + p * (inverse * inverse))
     # A row with a score that is not finite has no threshold: its bound is NaN from here on, and so will its output be.
     return tl.where(tile_top < float("inf"), bound, float("nan")), slope
+
+
+@triton.jit
+def room_for_keys(capacity, few_keys, scores_per_key, rows, visible):
+    """How many keys the lists of a block may hold that sees so many; more are faster in tile mode, though the slab has room."""
+    return tl.minimum(capacity, rows * (few_keys + visible // scores_per_key))
 
 
 @triton.jit

@@ -30,9 +30,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..jit import SIZES, room_for_keys, store_block_range, visible_tiles
+from ..jit import SIZES, store_block_range, visible_tiles
 from ..tile_table import Tiles, block_dim
-from .collect import SLACK
+from .collect import SLACK, room_for_keys
 from .entries_hopper import (
     TOPS_AT_ONCE,
     TOPS_OF_TILE,

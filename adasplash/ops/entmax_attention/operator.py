@@ -13,7 +13,7 @@ from ..announce import announce
 from ..jit import INTERPRETED
 from ..kernel_operator import kernel_operator, launch
 from ..key_range import KeyRange
-from ..launch import (
+from ..launch_arguments import (
     GENERAL,
     formula_of,
     head_constants,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..jit import SIZES, load_rows, load_tile, program_head, score_tile, visible_tiles
 from ..key_range import KeyRange
-from ..launch import dot_precision, head_constants, with_equal_strides
+from ..launch_arguments import dot_precision, head_constants, with_equal_strides
 from ..tile_table import block_dim
 from .operator import Forward, entmax_attention_forward, operator_arguments
 

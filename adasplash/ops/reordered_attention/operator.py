@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernel_operator import kernel_operator, launch
 from ..key_range import KeyRange
-from ..launch import last_contiguous, with_equal_strides
+from ..launch_arguments import last_contiguous, with_equal_strides
 from ..tile_table import block_dim
 from .kernels import count_kernel, hash_kernel, place_kernel, range_kernel, rows_kernel
 from .reference import Reordering

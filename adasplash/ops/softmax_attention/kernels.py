@@ -103,9 +103,8 @@ def softmax_forward_kernel(
     lse = tl.where(seeing, top + tl.log2(tl.where(seeing, total, 1.0)), UNSEEING)
     out_at = OUT + b * out_b + h * out_h + row[:, None].to(tl.int64) * out_t + d[None, :]
     tl.store(out_at, out.to(OUT.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
-    tl.store(
-        LSE + at, lse, mask=row < row_stride
-    )  # all of it, for what an operator returns should be the same at every run
+    # All of it: what an operator returns should be the same at every run.
+    tl.store(LSE + at, lse, mask=row < row_stride)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernel_operator import kernel_operator, launch
 from ..key_range import KeyRange
-from ..launch import (
+from ..launch_arguments import (
     head_constants,
     last_contiguous,
     row_stride,
