@@ -1,6 +1,6 @@
 """The formulas of entmax in kernels: weights from distances to the threshold, steps to the threshold, what gradients need.
 
-FORMULA is r = 1 / (alpha - 1) where alpha is 2, 1.5 or 1.25, and 0 for any alpha (see `launch.formula_of`). In plain torch:
+FORMULA is r = 1 / (alpha - 1) where alpha is 2, 1.5 or 1.25, and 0 for any alpha (see `launch_arguments.formula_of`). In plain torch:
 `entmax.reference`.
 """
 
