@@ -85,10 +85,10 @@ def entmax_tiles(dim: int, dtype: torch.dtype) -> dict[str, Tiles]:
         }
     return {
         "collect": Tiles(64, 64, 4, 2),
-        "forward": Tiles(64, 32, 8, 2),
-        "rows": Tiles(64, 32, 8, 1),
-        "columns": Tiles(32, 64, 8, 1),
-        "sinks": Tiles(32, 64, 8, 1),
+        "forward": Tiles(64, 32, 4, 2),
+        "rows": Tiles(64, 32, 8, 2),
+        "columns": Tiles(32, 64, 8, 2),
+        "sinks": Tiles(32, 64, 8, 2),
     }
 
 
