@@ -104,9 +104,10 @@ def with_the_runs_own(values: dict) -> dict:
 def trained_model(run_dir: Path, run: TrainConfig, attention: AttentionConfig | None):
     """The run's exported model, or that of its newest checkpoint where it has not ended; with another attention if asked."""
     chosen = (attention.name, attention.options) if attention else (None, {})
-    if (run_dir / "export" / "config.json").exists():
-        return from_pretrained(run_dir / "export", chosen[0], **chosen[1])
     checkpoint = newest(run_dir / "checkpoints")
+    ended = read_summary(run_dir).get("status") == "finished"  # a run that goes on keeps its export until it ends again
+    if (run_dir / "export" / "config.json").exists() and (ended or checkpoint is None):
+        return from_pretrained(run_dir / "export", chosen[0], **chosen[1])
     if checkpoint is None:
         raise ValueError(
             f"'{run_dir}' holds no model yet: neither export/ nor a checkpoint. Train on: resume={run_dir}"

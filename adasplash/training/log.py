@@ -63,6 +63,7 @@ class RunLog:
     Args:
         wandb: off | offline | online; any trouble with it prints one warning, and the local file goes on.
         resume_step: rows after this step are dropped: they are about to be written again.
+        validates_first: so is the validation at this step.
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class RunLog:
         name: str,
         wandb_id: str | None,
         resume_step: int,
+        validates_first: bool,
         total_steps: int,
     ):
         self.folder, self.total_steps = folder, total_steps
-        kept = [row for row in read_metrics(folder) if _survives(row, resume_step)]
+        kept = [row for row in read_metrics(folder) if _survives(row, resume_step, validates_first)]
         write_atomically(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         self.metrics = open(folder / METRICS, "a", buffering=1)
         self.text = open(folder / "log.txt", "a", buffering=1)
@@ -149,6 +151,8 @@ class RunLog:
             if isinstance(value, int | float) and name not in ("step", "signal"):
                 note = "  (nats; a model that knows only how frequent tokens are)" if name == "unigram_entropy" else ""
                 table.add_row(name, f"{value:,.4g}" + note if abs(value) < 1e5 else f"{value:,.0f}")
+            elif value is None and name in WATCHED:
+                table.add_row(name, _number(value))
         Console().print(table)
         files = [METRICS, "config.yaml", "summary.json", "checkpoints/"]
         files += ["export/"] if summary["status"] == "finished" else []
@@ -181,9 +185,9 @@ class RunLog:
             self.print(f"Warning: wandb is off from here on ({error}); everything is in {self.folder / METRICS}.")
 
 
-def _survives(row: dict[str, Any], resume_step: int) -> bool:
-    """A row before the resumed step; at that step itself, the validation is measured again."""
-    return row.get("step", 0) < resume_step or (row.get("step") == resume_step and "val/loss" not in row)
+def _survives(row: dict[str, Any], resume_step: int, validates_first: bool) -> bool:
+    step = row.get("step", 0)
+    return step < resume_step or (step == resume_step and not (validates_first and "val/loss" in row))
 
 
 def _number(value: float | None) -> str:

@@ -27,7 +27,7 @@ from .log import NullLog, RunLog, read_metrics
 from .optimizer import build_optimizers, learning_rate_factor, set_learning_rate
 from .parallel import Ranks, exchange_gradients, parallelize, start_ranks
 from .plots import plot_density, plot_losses
-from .run_folder import choose_folder, hold, read_config, read_summary, write_config, write_summary
+from .run_folder import choose_folder, hold, read_config, read_summary, remove_summary, write_config, write_summary
 from .validation import Validation, unigram_entropy
 
 SPARSE = ("adasplash", "hash_sparse", "qk_sparse")
@@ -101,9 +101,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     "Use resume=never to train again beside it, or other settings."
                 )
             return summary
+        check_it_can_go_on(folder, summary)
         ranks.barrier()  # all have looked for the folder before the first makes it
         with _held(folder, ranks):
             return _Run(config, folder, ranks).train()
+
+
+def check_it_can_go_on(folder: Path, summary: dict[str, Any]) -> None:
+    """Raises ValueError where a run that was trained holds nothing to go on from: training anew would overwrite what it left."""
+    left = [folder / "export", *(folder / "checkpoints").glob("step-*")]
+    if (summary.get("step") or any(path.exists() for path in left)) and not checkpoint.newest(folder / "checkpoints"):
+        raise ValueError(
+            f"'{folder}' was trained, but holds no whole checkpoint to go on from; put one back, or use resume=never to "
+            "train anew beside it."
+        )
 
 
 @contextlib.contextmanager
@@ -212,6 +223,8 @@ class _Run:
             self.log = NullLog()
             return
         write_config(self.folder, self.config)
+        remove_summary(self.folder)
+        starts_anew = newest is None and bool(read_metrics(self.folder))
         self.log = RunLog(
             self.folder,
             wandb=self.config.wandb,
@@ -219,6 +232,7 @@ class _Run:
             name=self.folder.name,
             wandb_id=state.get("wandb_id"),
             resume_step=self.step,
+            validates_first=self._validates(),
             total_steps=self.config.steps,
         )
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -232,6 +246,8 @@ class _Run:
                 f"attention.alpha_steps = {needed} is more than steps = {self.config.steps}: the run ends before its "
                 "alpha has come to attention.alpha."
             )
+        if starts_anew:
+            self.log.print("The run had not come to its first checkpoint: it starts anew.")
         if newest is not None:
             self.log.print(f"Resuming at step {self.step} from {newest}")
             if steps_before != self.config.steps:
@@ -262,10 +278,12 @@ class _Run:
             stopping = False
             while True:
                 last = self.step >= config.steps
-                if self.step % config.eval.every == 0 or last:
+                if self._validates():
                     self._evaluate()
                     interval.reset()
-                if self.step > resumed_at and (self.step % config.checkpoint.every == 0 or last or stopping):
+                # After a step that was skipped the model may be lost, and older checkpoints go as new ones come.
+                due = self.step % config.checkpoint.every == 0 and not self.skipped_in_a_row
+                if self.step > resumed_at and (due or last or stopping):
                     self._save()
                     interval.reset()
                 if last or stopping:
@@ -279,6 +297,10 @@ class _Run:
                     log.log(self.step, row | self._performance(interval))
                     interval.reset()
             return self._close("finished" if last else "stopped", stop.received)
+
+    def _validates(self) -> bool:
+        """Whether the model is validated at this step, before it is trained on."""
+        return self.step % self.config.eval.every == 0 or self.step >= self.config.steps
 
     def _train_step(self, stop: StopSignal) -> tuple[float, float, float, bool]:
         """One optimiser step. Returns (mean loss, gradient norm, learning rate factor, whether to stop after it)."""
@@ -322,8 +344,8 @@ class _Run:
         if self.skipped_in_a_row >= self.config.max_nonfinite:
             raise TrainingDiverged(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, up to step {self.step + 1}. "
-                f"The newest checkpoint in '{self.folder / 'checkpoints'}' precedes them; "
-                "try a lower optim.learning_rate, a longer optim.warmup_fraction or precision=fp32."
+                "Train anew beside it, with resume=never and a lower optim.learning_rate, a longer optim.warmup_fraction "
+                "or precision=fp32."
             )
 
     def _evaluate(self) -> None:
@@ -367,7 +389,7 @@ class _Run:
         if not self.ranks.first:
             return {"status": status, "step": self.step, "run_dir": str(self.folder), "signal": signal_number}
         rows = read_metrics(self.folder)
-        newest = lambda name: next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
+        newest = lambda name: next((row[name] for row in reversed(rows) if name in row), None)  # None: not finite
         rates = [row["perf/tokens_per_s"] for row in rows if row.get("perf/tokens_per_s")]
         summary = {
             "status": status,

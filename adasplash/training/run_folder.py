@@ -61,6 +61,11 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
+def remove_summary(folder: Path) -> None:
+    """For a run that goes on: what it ended with before is not what it is now."""
+    (folder / "summary.json").unlink(missing_ok=True)
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """What the run ended with; {} where it has not ended. Raises ValueError for a damaged file."""
     path = folder / "summary.json"

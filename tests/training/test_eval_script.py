@@ -13,7 +13,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adasplash.attention.huggingface import attention_backends
-from adasplash.training import from_mapping, train
+from adasplash.training import from_mapping, loop, train
 
 SCHEDULE = {"name": "adasplash", "alpha": 1.5, "alpha_start": 1.1, "alpha_steps": 12}
 
@@ -135,6 +135,17 @@ def save_tokenizer(folder, *more):
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(folder)
     return folder
+
+
+def test_a_run_that_went_on_is_evaluated_at_its_newest_checkpoint(tiny, evaluate, monkeypatch):
+    train(tiny(steps=2))
+    exported = evaluate()[0][0]["loss"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_close", lambda *_: {})  # as if it were killed before
+        train(tiny(steps=6))
+    assert evaluate()[0][0]["loss"] < exported
+    train(tiny(steps=7))
+    assert evaluate()[0][0]["loss"] < exported
 
 
 def test_an_unfinished_run_is_evaluated_with_its_own_attention_by_name(tiny, evaluate, tmp_path):

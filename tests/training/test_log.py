@@ -11,7 +11,8 @@ from adasplash.training.log import NullLog, RunLog, read_metrics
 
 
 def open_log(folder, **changes):
-    values = {"wandb": "off", "config": {"a": 1}, "name": "x", "wandb_id": None, "resume_step": 0, "total_steps": 10}
+    values = {"wandb": "off", "config": {"a": 1}, "name": "x", "wandb_id": None, "resume_step": 0}
+    values |= {"validates_first": True, "total_steps": 10}
     return RunLog(folder, **values | changes)
 
 

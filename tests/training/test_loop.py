@@ -6,8 +6,10 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 import socket
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,41 @@ def test_finished_runs_are_not_run_again_and_never_starts_beside(tiny, tmp_path,
     assert "is finished (step 6, val/loss not finite)" in capsys.readouterr().out
     assert train(tiny(resume="never"))["run_dir"] == str(tmp_path / "run-2")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_finished_run_that_goes_on_has_not_ended(tiny, tmp_path, monkeypatch):
+    train(tiny(steps=4, eval={"tokens": 64, "every": 3}))
+    with monkeypatch.context() as patch:
+        kill_after(patch, 7)
+        with pytest.raises(Stop):
+            train(tiny(steps=9))
+    assert not (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "export").exists()
+    validated = [row["step"] for row in read_metrics(tmp_path / "run") if "val/loss" in row]
+    assert validated == [0, 3, 4, 6]  # the last one of the shorter run, too
+    assert train(tiny(steps=9))["step"] == 9
+
+
+@pytest.mark.parametrize("lost", ["removed", "damaged"])
+def test_a_run_without_the_checkpoints_it_had_is_not_trained_anew(tiny, tmp_path, lost):
+    train(tiny())
+    left = [tmp_path / "run" / name for name in ("metrics.jsonl", "summary.json", "export/model.safetensors")]
+    before = [path.read_bytes() for path in left]
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        shutil.rmtree(path) if lost == "removed" else (path / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="was trained, but holds no whole checkpoint to go on from; put one back, or"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a checkpoint is damaged
+            train(tiny(steps=8))
+    assert [path.read_bytes() for path in left] == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(patch, 1)
+        with pytest.raises(Stop):
+            train(tiny())
+    assert train(tiny())["status"] == "finished"
+    assert "had not come to its first checkpoint" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_fewer_steps_than_were_made_are_refused(tiny, tmp_path, monkeypatch):
@@ -300,6 +337,28 @@ def test_non_finite_steps_are_skipped_and_too_many_stop(tiny, tmp_path, monkeypa
     monkeypatch.setattr(loop.LanguageModelLoss, "forward", lambda self, *inputs: original(self, *inputs) * float("inf"))
     with pytest.raises(TrainingDiverged, match="3 steps in a row"):
         train(tiny(run_dir=str(tmp_path / "diverged"), max_nonfinite=3))
+
+
+def test_a_model_that_is_lost_does_not_replace_checkpoints_nor_look_finished(tiny, tmp_path, monkeypatch, capsys):
+    original = loop.LanguageModelLoss.forward
+
+    def lost_after_three_steps(self, *inputs):
+        calls.append(None)
+        return original(self, *inputs) * (float("nan") if len(calls) > 3 else 1.0)
+
+    monkeypatch.setattr(loop.LanguageModelLoss, "forward", lost_after_three_steps)
+    monkeypatch.setattr(loop.Validation, "measure", lambda self, model: {"val/loss": math.nan if len(calls) > 3 else 2.0})
+    calls = []
+    with pytest.raises(TrainingDiverged, match="up to step 7. Train anew beside it, with resume=never and a lower"):
+        train(tiny(steps=20, max_nonfinite=4, checkpoint={"every": 1, "keep": 2}))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")) == [
+        "step-00000002",
+        "step-00000003",
+    ]
+    calls = []
+    summary = train(tiny(run_dir=str(tmp_path / "short")))
+    assert (summary["status"], summary["train/loss"], summary["val/loss"]) == ("finished", None, None)
+    assert capsys.readouterr().out.count("not finite") >= 2
 
 
 def test_accumulation_does_not_change_the_loss(tiny, tmp_path):
