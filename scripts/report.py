@@ -312,7 +312,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables += result_tables(evaluations)
     if left_out:
         tables.append(text_table("Left out", left_out, {"run": "run", "problem": "why"}, ("run", "problem")))
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(
+            f"Error: cannot write to '{options.out}' ({error.strerror}); --out takes another folder.", file=sys.stderr
+        )
+        return 2
     drawn = [run for run in finished if run["tokens_per_s"]]
     picture = options.out / "report.png" if drawn else None
     if picture is not None:

@@ -80,7 +80,7 @@ class Loader:
             raise ValueError(
                 f"Too little data: a sequence of seq_len = {seq_len} needs {seq_len + 1} tokens in each split, got "
                 f"{len(tokens)}; give more text, a shorter seq_len or, where it is the validation text that is short, "
-                "a larger data.validation_fraction."
+                "more of that: a larger data.validation_fraction, or a longer data.validation_path where one is given."
             )
         self.position = 0  # sequences that all ranks together have taken
         self._order_of: tuple[int, int] | None = None  # (seed, epoch) of the order at hand

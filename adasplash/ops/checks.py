@@ -55,6 +55,8 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor
     if not (q.device == k.device == v.device):
         raise ValueError(f"Expected q, k and v on one device, got {q.device}, {k.device}, {v.device}.")
     batch, heads, _, dim = q.shape
+    if dim == 0:
+        raise ValueError(f"Expected q with a dim of at least 1, got {tuple(q.shape)}.")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"Expected k and v with equal batch, heads and length, got {tuple(k.shape)}, {tuple(v.shape)}."
@@ -140,7 +142,9 @@ def check_alpha(alpha: float | Tensor) -> None:
         if not 1.0 <= alpha <= 2.0:
             raise ValueError(f"Expected 1 <= alpha <= 2 (1 is softmax, 2 is sparsemax), got alpha = {alpha:g}.")
         if 1.0 < alpha < NEAREST_ALPHA:
-            raise ValueError(f"Expected alpha = 1 (softmax) or at least {NEAREST_ALPHA}, got alpha = {alpha}.")
+            raise ValueError(
+                f"Expected alpha of at least {NEAREST_ALPHA}, unless softmax is meant, got alpha = {alpha}."
+            )
     elif not alpha.is_floating_point():
         raise ValueError(f"Expected a floating point alpha, got {alpha.dtype}.")
     elif alpha.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -91,23 +91,19 @@ def restore_random_state(path: Path, rank: int) -> None:
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, *, keep: int) -> Path:
     """Writes step-XXXXXXXX in `folder`, moves the `latest` pointer, keeps the newest `keep`.
 
-    Killed at any moment, it leaves the newest whole checkpoint as it was, or this one.
+    Killed at any moment, it leaves the newest whole checkpoint as it was, or this one. OSError where it cannot be written,
+    of which nothing is left then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _put_back_replaced(folder)
     for leftover in (path for pattern in OURS for path in folder.glob(pattern)):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     writing, final = folder / f".writing-{step:08d}", folder / f"step-{step:08d}"
-    writing.mkdir()
-    # copies, since safetensors refuses names that share memory
-    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no process group is there
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(writing)), no_dist=True)
-    (writing / "state.json").write_text(json.dumps({**state, "version": VERSION, "step": step}))
-    for file in writing.iterdir():
-        _sync(file)
-    _sync(writing)
+    try:
+        _write(writing, tensors, {**state, "version": VERSION, "step": step})
+    except OSError:  # the disk is full
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
     if final.exists():  # the same step again: out of the way first, it is replaced in two renames
         final.rename(folder / f".replaced-{step:08d}")
     writing.rename(final)
@@ -120,6 +116,22 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, *, ke
     for removed in [*folder.glob(".removing-*"), *folder.glob(".replaced-*")]:
         shutil.rmtree(removed)
     return final
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], state: dict) -> None:
+    folder.mkdir()
+    # copies, since safetensors refuses names that share memory
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no process group is there
+        try:
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder)), no_dist=True)
+        except dcp.CheckpointException as error:
+            raise next(cause for cause, _ in error.failures.values()) from None
+    (folder / "state.json").write_text(json.dumps(state))
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
 
 
 def _put_back_replaced(folder: Path) -> None:

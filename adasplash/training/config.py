@@ -244,7 +244,14 @@ def check_overrides(overrides: list[str], cls: type, groups: dict[str, list[str]
                     )
         elif key not in keys and not key.startswith(free):
             by_end = [k for k in keys if k.split(".")[-1] == key]
-            hint = f" Did you mean '{by_end[0]}'?" if by_end else nearest(key, [*keys, *groups])
+            group, _, name = key.rpartition(".")
+            beside = [k.removeprefix(f"{group}.") for k in keys if group and k.rpartition(".")[0] == group]
+            if by_end:
+                hint = f" Did you mean '{by_end[0]}'?"
+            elif beside and not nearest(name, beside):  # 'optim.eps' is near 'optim.lr' for what both begin with
+                hint = f" {group} has {', '.join(beside)}."
+            else:
+                hint = nearest(key, [*keys, *groups])
             raise ValueError(f"Unknown configuration key '{key}'.{hint}")
         elif not word.startswith("~"):
             _check_list(key, keys.get(key), value)

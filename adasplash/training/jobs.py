@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 import zlib
@@ -11,6 +12,19 @@ from typing import Any
 
 from .loop import TrainingDiverged
 from .run_folder import ROOT
+
+
+def expected(error: Exception) -> str:
+    """What a program ends with for an error that was to be expected; raises any other."""
+    match error:
+        case ValueError():
+            return f"Error: {error}"
+        case TrainingDiverged():
+            return f"TrainingDiverged: {error}"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            where = f" for '{error.filename}'" if error.filename else ""
+            return f"Error: {error.strerror}{where}; make room and start again. What was saved before is whole."
+    raise error
 
 
 class Jobs:
@@ -40,9 +54,7 @@ class Jobs:
             summary = work()
         except Exception as error:
             if not sweep:
-                if not isinstance(error, ValueError | TrainingDiverged):
-                    raise
-                sys.exit(f"{'Error' if isinstance(error, ValueError) else type(error).__name__}: {error}")
+                sys.exit(expected(error))
             log.parent.mkdir(exist_ok=True)
             log.write_text(f"python {self.program} {job}\n\n{traceback.format_exc()}")
             print(f"Failed: {error}", flush=True)

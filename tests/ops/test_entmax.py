@@ -213,7 +213,7 @@ def test_does_not_change_its_input_and_takes_strided_ones():
     [
         (0.5, "1 <= alpha <= 2"),
         (2.5, "1 <= alpha <= 2"),
-        (1.00001, "alpha = 1 .softmax. or at least 1.0001, got alpha = 1.00001"),
+        (1.00001, "alpha of at least 1.0001, unless softmax is meant, got alpha = 1.00001"),
         (float("nan"), "1 <= alpha <= 2"),
         (torch.tensor(1.0), "1.0001 <= alpha <= 2 throughout a tensor alpha, got 1"),
         (torch.ones(2, 1, dtype=torch.bfloat16), "throughout a tensor alpha, got 1"),
@@ -233,6 +233,10 @@ def test_alpha_errors(alpha, message):
 def test_input_errors():
     with pytest.raises(ValueError, match="scalar"):
         entmax(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="Expected x as a tensor, got list"):
+        entmax([1.0, 2.0])
+    with pytest.raises(ValueError, match=r"a dim of x, whose shape is \(3, 2\), got 2"):
+        entmax(torch.zeros(3, 2), dim=2)
     with pytest.raises(ValueError, match="at least one entry"):
         entmax(torch.zeros(3, 0))
     with pytest.raises(ValueError, match="floating point x, got torch.int64"):

@@ -119,6 +119,13 @@ def test_no_run_at_all_is_one_sentence_and_status_two(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
+    run = make_run(tmp_path / "run", summary=finished())
+    (tmp_path / "file").write_text("")
+    assert report.main([str(run), "--out", str(tmp_path / "file")]) == 2
+    assert "--out takes another folder" in capsys.readouterr().err
+
+
 def test_what_does_not_compare_is_said(tmp_path, capsys):
     make_run(tmp_path / "a", summary=finished())
     make_run(tmp_path / "b", summary=finished(tokenizer={"kind": "tiktoken", "name": "gpt2"}, device="NVIDIA H200"))

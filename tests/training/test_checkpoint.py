@@ -1,5 +1,6 @@
 """Checkpoints are exact, and whole or not there."""
 
+import errno
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from adasplash.training import checkpoint
+from adasplash.training.jobs import expected
 from adasplash.training.optimizer import OptimConfig, build_optimizers
 
 
@@ -78,6 +80,23 @@ def test_keeps_the_newest_and_replaces_the_same_step(tmp_path):
         checkpoint.save(tmp_path, step, {"x": torch.tensor(float(step))}, {}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000003"]
     assert (tmp_path / "latest").read_text().strip() == "step-00000003"
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_saved(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"x": torch.tensor(1.0)}, {}, keep=1)
+
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", write)
+    with pytest.raises(OSError, match="No space left on device") as full:
+        checkpoint.save(tmp_path, 2, {"x": torch.tensor(2.0)}, {}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert expected(full.value) == (
+        "Error: No space left on device; make room and start again. What was saved before is whole."
+    )
+    with pytest.raises(OSError):
+        expected(OSError(errno.EIO, "Input/output error"))
 
 
 def test_a_step_replaced_while_killed_is_not_lost(tmp_path):

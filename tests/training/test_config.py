@@ -49,6 +49,7 @@ def test_bad_values_are_told_in_a_sentence(values, told):
         ("attention=flash,sofmax", "Did you mean 'softmax'"),
         ("seqlen=3", "Did you mean 'seq_len'"),
         ("path=x", "Did you mean 'data.path'"),
+        ("optim.lr=1", "'optim.lr'. optim has kind, learning_rate, "),
         ("attention.alhpa=2", "Did you mean 'attention.alpha'"),
         ("attention", "Expected key=value on the command line, got 'attention'. Did you mean 'attention=VALUE'?"),
         ("seq_len 128", "got 'seq_len'. Did you mean 'seq_len=128'?"),

@@ -347,7 +347,9 @@ def test_a_model_that_is_lost_does_not_replace_checkpoints_nor_look_finished(tin
         return original(self, *inputs) * (float("nan") if len(calls) > 3 else 1.0)
 
     monkeypatch.setattr(loop.LanguageModelLoss, "forward", lost_after_three_steps)
-    monkeypatch.setattr(loop.Validation, "measure", lambda self, model: {"val/loss": math.nan if len(calls) > 3 else 2.0})
+    monkeypatch.setattr(
+        loop.Validation, "measure", lambda self, model: {"val/loss": math.nan if len(calls) > 3 else 2.0}
+    )
     calls = []
     with pytest.raises(TrainingDiverged, match="up to step 7. Train anew beside it, with resume=never and a lower"):
         train(tiny(steps=20, max_nonfinite=4, checkpoint={"every": 1, "keep": 2}))

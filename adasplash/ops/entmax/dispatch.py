@@ -25,8 +25,8 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, implementat
         Same shape and dtype as x. A row that is masked throughout gives zeros.
 
     Raises:
-        ValueError: for an alpha outside [1, 2] or one that does not broadcast, for an x that is not of a floating type,
-            and where triton is asked for and cannot run.
+        ValueError: for an alpha outside [1, 2] or one that does not broadcast, for an x that is not of a floating type or
+            has no such dim, and where triton is asked for and cannot run.
     """
     x, alpha = check_entmax_inputs(x, alpha, dim)
     is_softmax = not isinstance(alpha, Tensor) and alpha == 1.0

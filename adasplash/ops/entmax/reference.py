@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..checks import check_alpha
+from ..checks import check_alpha, check_tensor
 
 # Sorting starts with this many largest entries of a row, and doubles while a row's support may be larger.
 FIRST_CANDIDATES = 64
@@ -121,13 +121,17 @@ def check_entmax_inputs(x: Tensor, alpha: float | Tensor, dim: int) -> tuple[Ten
     """x, and a tensor alpha that is not a scalar, with `dim` moved last.
 
     Raises:
-        ValueError: for an alpha outside [1, 2] or one that does not broadcast, or an x that is not of a floating type.
+        ValueError: for an alpha outside [1, 2] or one that does not broadcast, an x that is not of a floating type, or a dim
+            that it does not have.
     """
     check_alpha(alpha)
+    check_tensor("x", x)
     if not x.is_floating_point():
         raise ValueError(f"entmax expects a floating point x, got {x.dtype}.")
     if x.ndim == 0:
         raise ValueError("entmax expects at least one dimension, got a scalar.")
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"entmax expects a dim of x, whose shape is {tuple(x.shape)}, got {dim}.")
     shape = x.shape
     x = x.movedim(dim, -1)
     if x.shape[-1] == 0:
