@@ -107,6 +107,10 @@ def trained_model(run_dir: Path, run: TrainConfig, attention: AttentionConfig | 
     checkpoint = newest(run_dir / "checkpoints")
     ended = read_summary(run_dir).get("status") == "finished"  # a run that goes on keeps its export until it ends again
     if (run_dir / "export" / "config.json").exists() and (ended or checkpoint is None):
+        if not ended:
+            print(
+                "The run has not ended and holds no checkpoint; its export is evaluated, of where it had ended before."
+            )
         return from_pretrained(run_dir / "export", chosen[0], **chosen[1])
     if checkpoint is None:
         raise ValueError(

@@ -101,7 +101,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, *, ke
     writing, final = folder / f".writing-{step:08d}", folder / f"step-{step:08d}"
     try:
         _write(writing, tensors, {**state, "version": VERSION, "step": step})
-    except OSError:  # the disk is full
+    except OSError:  # such as a full disk
         shutil.rmtree(writing, ignore_errors=True)
         raise
     if final.exists():  # the same step again: out of the way first, it is replaced in two renames

@@ -27,7 +27,16 @@ from .log import NullLog, RunLog, read_metrics
 from .optimizer import build_optimizers, learning_rate_factor, set_learning_rate
 from .parallel import Ranks, exchange_gradients, parallelize, start_ranks
 from .plots import plot_density, plot_losses
-from .run_folder import choose_folder, hold, read_config, read_summary, remove_summary, write_config, write_summary
+from .run_folder import (
+    check_it_can_go_on,
+    choose_folder,
+    hold,
+    read_config,
+    read_summary,
+    remove_summary,
+    write_config,
+    write_summary,
+)
 from .validation import Validation, unigram_entropy
 
 SPARSE = ("adasplash", "hash_sparse", "qk_sparse")
@@ -101,20 +110,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     "Use resume=never to train again beside it, or other settings."
                 )
             return summary
-        check_it_can_go_on(folder, summary)
+        check_it_can_go_on(folder)
         ranks.barrier()  # all have looked for the folder before the first makes it
         with _held(folder, ranks):
             return _Run(config, folder, ranks).train()
-
-
-def check_it_can_go_on(folder: Path, summary: dict[str, Any]) -> None:
-    """Raises ValueError where a run that was trained holds nothing to go on from: training anew would overwrite what it left."""
-    left = [folder / "export", *(folder / "checkpoints").glob("step-*")]
-    if (summary.get("step") or any(path.exists() for path in left)) and not checkpoint.newest(folder / "checkpoints"):
-        raise ValueError(
-            f"'{folder}' was trained, but holds no whole checkpoint to go on from; put one back, or use resume=never to "
-            "train anew beside it."
-        )
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ except ImportError:  # Windows
 
 from ..files import write_atomically
 from ..typed import from_mapping
+from .checkpoint import newest
 from .config import TrainConfig
 
 ROOT = Path("runs")
@@ -116,6 +117,17 @@ def choose_folder(config: TrainConfig) -> Path:
             "Choose another run_dir, or resume=never to start beside it."
         )
     return folder
+
+
+def check_it_can_go_on(folder: Path) -> None:
+    """Raises ValueError where a run was trained, but left nothing to go on from: training anew would overwrite the rest."""
+    checkpoints = folder / "checkpoints"
+    trained = read_summary(folder).get("step") or (folder / "export").exists() or any(checkpoints.glob("step-*"))
+    if trained and newest(checkpoints) is None:
+        raise ValueError(
+            f"'{folder}' was trained, but holds no whole checkpoint to go on from; put one back, or use resume=never to "
+            "train anew beside it."
+        )
 
 
 def resumed(resume: str) -> tuple[Path, TrainConfig]:

@@ -137,13 +137,18 @@ def save_tokenizer(folder, *more):
     return folder
 
 
-def test_a_run_that_went_on_is_evaluated_at_its_newest_checkpoint(tiny, evaluate, monkeypatch):
+def test_a_run_that_went_on_is_evaluated_at_its_newest_checkpoint(tiny, evaluate, tmp_path, monkeypatch, capsys):
     train(tiny(steps=2))
     exported = evaluate()[0][0]["loss"]
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "_close", lambda *_: {})  # as if it were killed before
         train(tiny(steps=6))
     assert evaluate()[0][0]["loss"] < exported
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "checkpoints")
+    capsys.readouterr()
+    assert evaluate()[0][0]["loss"] == exported
+    assert "holds no checkpoint; its export is evaluated" in capsys.readouterr().out
+    shutil.move(tmp_path / "checkpoints", tmp_path / "run" / "checkpoints")
     train(tiny(steps=7))
     assert evaluate()[0][0]["loss"] < exported
 
